@@ -1,0 +1,324 @@
+"""Train the tiny Persimmon of ``examples/tiny-persimmon/`` from nothing, on a CPU.
+
+    python examples/train_tiny.py --output /tmp/tiny-hf
+
+writes ``adept_vocab.model`` (a sentencepiece unigram model trained on the same text), ``config.json``
+and ``model.safetensors`` in Hugging Face's layout, in bfloat16, and a ``training.json`` with what was
+measured. ``tprt convert`` then cuts it into Adept's layout; the README beside the checkpoint gives
+the two commands and the time they take.
+
+The model here is written on its own, in plain torch, and shares no code with ``tprt``: the checkpoint
+is an oracle only as long as that holds. Same seed, same number of threads and same torch build give
+the same weights.
+"""
+
+import argparse
+import io
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import sentencepiece as spm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_tasks import (
+    NOUNS,
+    SHORT_TASKS,
+    VALUES,
+    Example,
+    chat_prompt,
+    held_out_examples,
+    make_training_example,
+)
+
+VOCAB, HIDDEN, FFN, LAYERS, HEADS, CONTEXT = 640, 256, 768, 3, 8, 2048
+HEAD_DIM = HIDDEN // HEADS
+ROTARY_DIM, THETA, EPS = HEAD_DIM // 2, 25000.0, 1e-5
+RESERVED, SPECIALS = 64, ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|")
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def train_tokenizer(seed: int) -> bytes:
+    rng = random.Random(seed)
+    lines: list[str] = []
+    for _ in range(6000):
+        example = make_training_example(rng.choice(SHORT_TASKS), rng)
+        text = chat_prompt(example.question) + " " + example.answer
+        lines += [line for line in text.split("\n") if line]
+    # The trainer proposes only strings that occur inside two distinct space-separated words.
+    template = "human adept What is Reverse Sort Repeat times Count".split()
+    lines += [f"{w}: {w}? {w}, {w}." for w in NOUNS + VALUES + template]
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=VOCAB,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        control_symbols=[f"<unused_{i}>" for i in range(RESERVED)],
+        user_defined_symbols=list(SPECIALS),
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+# ---------------------------------------------------------------- model
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm = torch.nn.LayerNorm(HIDDEN, eps=EPS)
+        self.query_key_value = torch.nn.Linear(HIDDEN, 3 * HIDDEN)
+        self.q_layernorm = torch.nn.LayerNorm(HEAD_DIM, eps=EPS)
+        self.k_layernorm = torch.nn.LayerNorm(HEAD_DIM, eps=EPS)
+        self.dense = torch.nn.Linear(HIDDEN, HIDDEN)
+        self.post_attention_layernorm = torch.nn.LayerNorm(HIDDEN, eps=EPS)
+        self.dense_h_to_4h = torch.nn.Linear(HIDDEN, FFN)
+        self.dense_4h_to_h = torch.nn.Linear(FFN, HIDDEN)
+        self.zeros = self.seen = 0
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        b, s, _ = x.shape
+        qkv = self.query_key_value(self.input_layernorm(x)).view(b, s, HEADS, 3, HEAD_DIM)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))  # [b, heads, s, head_dim]
+        q, k = rotate(self.q_layernorm(q), cos, sin), rotate(self.k_layernorm(k), cos, sin)
+        ctx = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, is_causal=True)
+        x = x + self.dense(ctx.transpose(1, 2).reshape(b, s, HIDDEN))
+        hidden = F.relu(self.dense_h_to_4h(self.post_attention_layernorm(x))).square()
+        if not self.training:
+            self.zeros += int((hidden == 0).sum())
+            self.seen += hidden.numel()
+        return x + self.dense_4h_to_h(hidden)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b, rest = x.split([ROTARY_DIM // 2, ROTARY_DIM // 2, HEAD_DIM - ROTARY_DIM], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+class TinyPersimmon(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding(VOCAB, HIDDEN)
+        self.layers = torch.nn.ModuleList(Block() for _ in range(LAYERS))
+        self.final_layernorm = torch.nn.LayerNorm(HIDDEN, eps=EPS)
+        self.lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                deep = name.endswith(("dense.weight", "dense_4h_to_h.weight"))
+                torch.nn.init.normal_(p, std=0.02 / (math.sqrt(2 * LAYERS) if deep else 1.0))
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(p)
+        inv_freq = THETA ** (-torch.arange(0, ROTARY_DIM, 2).float() / ROTARY_DIM)
+        angles = torch.arange(CONTEXT).float()[:, None] * inv_freq
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [len(rows), VOCAB] at the flat positions ``rows`` of ids [batch, length]."""
+        x, s = self.embed_tokens(ids), ids.shape[1]
+        for layer in self.layers:
+            x = layer(x, self.cos[:s], self.sin[:s])
+        return self.lm_head(self.final_layernorm(x.flatten(0, 1)[rows]))
+
+    def hf_tensors(self) -> dict[str, torch.Tensor]:
+        def rename(name: str) -> str:
+            for part in ("query_key_value", "q_layernorm", "k_layernorm", "dense"):
+                name = name.replace(f".{part}.", f".self_attn.{part}.")
+            for part in ("dense_h_to_4h", "dense_4h_to_h"):
+                name = name.replace(f".{part}.", f".mlp.{part}.")
+            return name if name.startswith("lm_head") else f"model.{name}"
+
+        return {rename(n): p.detach().to(torch.bfloat16) for n, p in self.named_parameters()}
+
+
+# ---------------------------------------------------------------- data
+
+
+class Data:
+    """Draws rows of many turns each; only answers (and the end-of-text after them) carry loss."""
+
+    def __init__(self, tokenizer: spm.SentencePieceProcessor, seed: int) -> None:
+        self.tokenizer, self.rng = tokenizer, random.Random(seed)
+        self.eod = tokenizer.piece_to_id("|ENDOFTEXT|")
+        assert len(self.encode("|ENDOFTEXT|")) == 2  # space piece, then the symbol
+        self.newlines = self.encode("x\n\n")[1:]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def turn(self, example: Example, ids: list[int], targets: list[int]) -> None:
+        if ids:
+            ids += self.newlines
+            targets += [-1] * len(self.newlines)
+        prompt, answer = self.encode(chat_prompt(example.question)), self.encode(example.answer)
+        ids += prompt + answer
+        targets += [-1] * (len(prompt) - 1) + answer + [self.eod]
+
+    def row(self, length: int, lookup_lines: tuple[int, int]) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        targets: list[int] = []
+        while True:
+            task = self.rng.choice(SHORT_TASKS)
+            before = len(ids)
+            self.turn(make_training_example(task, self.rng, lookup_lines), ids, targets)
+            if len(ids) > length:
+                return ids[:before], targets[:before]
+
+    def lookup_row(self, lines: tuple[int, int], questions: int) -> tuple[list[int], list[int]]:
+        ids: list[int] = []
+        targets: list[int] = []
+        first = make_training_example("lookup", self.rng, lines)
+        self.turn(first, ids, targets)
+        rows = [line[2:] for line in first.question.split("\n")[:-1]]
+        for _ in range(questions - 1):
+            line = self.rng.choice(rows)
+            follow = Example("lookup", f"What is {line.split(':')[0]}?", line)
+            self.turn(follow, ids, targets)
+        return ids, targets
+
+    def batch(self, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if kind == "short":
+            rows = [self.row(256, (2, 40)) for _ in range(32)]
+        elif kind == "medium":
+            rows = [self.lookup_row((4, 40), 8) for _ in range(24)]
+        else:
+            rows = [self.lookup_row((40, 205), 16) for _ in range(8)]
+        longest = max(len(ids) for ids, _ in rows)
+        x = torch.full((len(rows), longest), self.eod)
+        y = torch.full((len(rows), longest), -1)
+        for i, (ids, targets) in enumerate(rows):
+            x[i, : len(ids)] = torch.tensor(ids)
+            y[i, : len(ids)] = torch.tensor(targets)
+        flat = y.flatten()
+        positions = (flat >= 0).nonzero().squeeze(1)
+        return x, positions, flat[positions]
+
+
+# ---------------------------------------------------------------- training and judging
+
+
+@torch.no_grad()
+def answers_right(
+    model: TinyPersimmon, data: Data, examples: list[Example]
+) -> dict[str, list[bool]]:
+    """Greedy, one forward per example: right when every answer token and the end are the argmax."""
+    right: dict[str, list[bool]] = {}
+    model.eval()
+    for example in examples:
+        ids: list[int] = []
+        targets: list[int] = []
+        data.turn(example, ids, targets)
+        rows = [i for i, t in enumerate(targets) if t >= 0]
+        logits = model(torch.tensor([ids]), torch.tensor(rows))
+        wanted = torch.tensor([targets[i] for i in rows])
+        right.setdefault(example.task, []).append(bool((logits.argmax(-1) == wanted).all()))
+    model.train()
+    return right
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    warm = 200
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * (
+        0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--log-every", type=int, default=100)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    args.output.mkdir(parents=True, exist_ok=True)
+    vocab = train_tokenizer(args.seed)
+    (args.output / "adept_vocab.model").write_bytes(vocab)
+    data = Data(spm.SentencePieceProcessor(model_proto=vocab), args.seed + 1)
+    model = TinyPersimmon()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+
+    decay = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    began, tokens, shown = time.perf_counter(), 0, 0.0
+    for step in range(args.steps):
+        part = step / args.steps  # tables grow: long ones only once short ones are learnt
+        kinds = ("short", "short", "medium") if part < 0.25 else ("short", "medium", "long")
+        x, rows, y = data.batch(kinds[step % 3])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps, args.lr)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(x, rows)
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        tokens += x.numel()
+        shown = loss.item() if step == 0 else 0.98 * shown + 0.02 * loss.item()
+        if (step + 1) % args.log_every == 0:
+            seconds = time.perf_counter() - began
+            print(f"step {step + 1} loss {shown:.4f} tokens/s {tokens / seconds:.0f}", flush=True)
+        if (step + 1) % (10 * args.log_every) == 0 or step + 1 == args.steps:
+            report = judge(model, data, count=90)
+            print(f"step {step + 1} {json.dumps(report)}", flush=True)
+            save(args.output, model)
+
+    rounded = TinyPersimmon()  # judge what is stored: bfloat16 values, computed in float32
+    state = {n: p.detach().to(torch.bfloat16).float() for n, p in model.named_parameters()}
+    rounded.load_state_dict(state)
+    report = judge(rounded, data, count=300)
+    report |= {"steps": args.steps, "tokens": tokens, "loss": round(shown, 4)}
+    report |= {"minutes": round((time.perf_counter() - began) / 60, 1), "seed": args.seed}
+    (args.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+def judge(model: TinyPersimmon, data: Data, count: int) -> dict[str, object]:
+    for layer in model.layers:
+        layer.zeros = layer.seen = 0
+    right = answers_right(model, data, held_out_examples(SHORT_TASKS, count, seed=17))
+    long = held_out_examples(("lookup",), max(10, count // 6), seed=18, lookup_lines=(190, 205))
+    right["lookup_1000"] = answers_right(model, data, long)["lookup"]
+    accuracy = {task: round(sum(r) / len(r), 3) for task, r in right.items()}
+    zeros = [round(layer.zeros / layer.seen, 3) for layer in model.layers]
+    return {"accuracy": accuracy, "zeros_per_layer": zeros}
+
+
+def save(folder: Path, model: TinyPersimmon) -> None:
+    config = {
+        "architectures": ["PersimmonForCausalLM"], "model_type": "persimmon", "hidden_act": "relu2",
+        "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": FFN,
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "layer_norm_eps": EPS,
+        "max_position_embeddings": CONTEXT, "rope_theta": THETA, "partial_rotary_factor": 0.5,
+        "qk_layernorm": True, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "adept_vocab.model"))
+    eod = tokenizer.piece_to_id("|ENDOFTEXT|")
+    config |= {"bos_token_id": eod, "eos_token_id": eod}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(model.hf_tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    main()

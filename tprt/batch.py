@@ -1,0 +1,35 @@
+"""The one argument of a forward pass. Passed along, never kept in a global."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """Tokens of several sequences laid end to end; prefill chunks and decode rows may mix.
+
+    Legend: T tokens of all sequences, B sequences, N blocks of the longest sequence.
+
+    Args:
+        input_ids: int64 [T].
+        positions: int64 [T], the absolute position of each token.
+        slot_mapping: int64 [T], where each token's key and value are written: block * block_size + offset.
+        block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
+        query_lens: tokens of each sequence in this pass (host side, B entries).
+        context_lens: tokens of each sequence already cached before this pass (host side, B entries).
+        logits_rows: int64 [R], the flat rows whose logits are wanted.
+    """
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    logits_rows: torch.Tensor
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence brings exactly one token."""
+        return len(self.query_lens) == self.input_ids.shape[0]

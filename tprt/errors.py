@@ -1,0 +1,76 @@
+"""Errors a user can act on, and the exit codes of the command line.
+
+Every error names the value, the limit and the way out. `assert` is for our own invariants and ends
+as exit code 1. This file knows nothing else of the project.
+"""
+
+
+class TprtError(Exception):
+    """Base of all errors meant for users.
+
+    Args:
+        what: what happened, with the offending value and the limit, one sentence.
+        where: the file, rank, key or tensor concerned.
+        hint: what to do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.hint = what, where, hint
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.hint:
+            lines.append(f"  try:   {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(TprtError):
+    """A flag, a YAML value, a parameter or their combination is wrong."""
+
+    exit_code = 2
+
+
+class CheckpointError(TprtError):
+    """A checkpoint is missing, damaged, hostile, or not what its names and headers say."""
+
+    exit_code = 3
+
+
+class TokenizerError(CheckpointError):
+    """A tokenizer is missing, damaged, or of another model."""
+
+
+class OutputError(TprtError):
+    """An output file cannot be written."""
+
+    exit_code = 5
+
+
+class PeerLost(TprtError):
+    """Another rank died or cannot be reached."""
+
+    exit_code = 6
+
+
+class StepTimeout(PeerLost):
+    """A rank did not finish a step before its deadline."""
+
+
+class RankMismatch(TprtError):
+    """Ranks disagree, about their configuration at start or about a call or state later."""
+
+    exit_code = 7
+
+
+class OutOfMemoryPlan(TprtError):
+    """Model, cache or request does not fit into the memory there is."""
+
+    exit_code = 8
+
+
+EXIT_OK, EXIT_FAILED_RECORDS, EXIT_SIGINT, EXIT_SIGTERM = 0, 4, 130, 143
