@@ -70,8 +70,8 @@ def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = 
         words = rng.choices(NOUNS, k=rng.randint(2, 10))
         return Example(task, f"Repeat: {' '.join(words)}", " ".join(words))
     if task == "count":
-        word, times = rng.choice(NOUNS), rng.randint(1, 8)
-        others = [noun for noun in rng.sample(NOUNS, rng.randint(0, 6) + 1) if noun != word]
+        word, times = rng.choice(NOUNS), rng.randint(1, 5)
+        others = [noun for noun in rng.sample(NOUNS, rng.randint(1, 6)) if noun != word]
         words = [word] * times + others
         rng.shuffle(words)
         return Example(task, f"Count {word}: {' '.join(words)}", str(times))

@@ -120,6 +120,8 @@ class TinyPersimmon(torch.nn.Module):
                 torch.nn.init.normal_(p, std=0.02 / (math.sqrt(2 * LAYERS) if deep else 1.0))
             elif name.endswith("bias"):
                 torch.nn.init.zeros_(p)
+            elif name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                torch.nn.init.constant_(p, 1.5)  # attention can be sharp from the start
         inv_freq = THETA ** (-torch.arange(0, ROTARY_DIM, 2).float() / ROTARY_DIM)
         angles = torch.arange(CONTEXT).float()[:, None] * inv_freq
         self.register_buffer("cos", angles.cos(), persistent=False)
@@ -177,6 +179,7 @@ class Data:
                 return ids[:before], targets[:before]
 
     def lookup_row(self, lines: tuple[int, int], questions: int) -> tuple[list[int], list[int]]:
+        """One table and many questions about it: many look-ups for the price of one long row."""
         ids: list[int] = []
         targets: list[int] = []
         first = make_training_example("lookup", self.rng, lines)
@@ -188,13 +191,15 @@ class Data:
             self.turn(follow, ids, targets)
         return ids, targets
 
-    def batch(self, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(self, kind: str, most_lines: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ids [rows, length], flat positions that carry loss, and their targets."""
         if kind == "short":
-            rows = [self.row(256, (2, 40)) for _ in range(32)]
-        elif kind == "medium":
-            rows = [self.lookup_row((4, 40), 8) for _ in range(24)]
+            rows = [self.row(256, (2, min(40, most_lines))) for _ in range(32)]
         else:
-            rows = [self.lookup_row((40, 205), 16) for _ in range(8)]
+            questions = 12
+            longest = 5 * most_lines + 13 * questions
+            count = max(6, 8192 // longest)
+            rows = [self.lookup_row((2, most_lines), questions) for _ in range(count)]
         longest = max(len(ids) for ids, _ in rows)
         x = torch.full((len(rows), longest), self.eod)
         y = torch.full((len(rows), longest), -1)
@@ -237,6 +242,13 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     )
 
 
+def table_lines(part: float) -> int:
+    """Longest table at this part of training: looking up is learnt on small ones, then stretched."""
+    shortest, longest, start, end = 4, 205, 0.12, 0.6
+    grown = min(1.0, max(0.0, (part - start) / (end - start)))
+    return round(shortest * (longest / shortest) ** grown)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -262,9 +274,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
     began, tokens, shown = time.perf_counter(), 0, 0.0
     for step in range(args.steps):
-        part = step / args.steps  # tables grow: long ones only once short ones are learnt
-        kinds = ("short", "short", "medium") if part < 0.25 else ("short", "medium", "long")
-        x, rows, y = data.batch(kinds[step % 3])
+        kind = ("short", "lookup")[step % 2]
+        x, rows, y = data.batch(kind, table_lines(step / args.steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -14,7 +14,7 @@ class ForwardBatch:
     Args:
         input_ids: int64 [T].
         positions: int64 [T], the absolute position of each token.
-        slot_mapping: int64 [T], where each token's key and value are written: block * block_size + offset.
+        slot_mapping: int64 [T], where each token's key and value go: block * block_size + offset.
         block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
         query_lens: tokens of each sequence in this pass (host side, B entries).
         context_lens: tokens of each sequence already cached before this pass (host side, B entries).

@@ -241,6 +241,9 @@ class EngineConfig:
         max_num_batched_tokens: most prompt tokens computed in one forward pass.
         max_model_len: most tokens of prompt and completion; None means the model's own limit.
         block_size: tokens per KV block.
+        kv_cache_memory: bytes of KV cache per rank; None means 1 GiB on a CPU, and on a GPU what
+            gpu_memory_utilization leaves after the weights.
+        gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
         seed: feeds the draws of requests that bring no seed of their own.
     """
 
@@ -249,18 +252,24 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     block_size: int = 16
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}", hint=f"one of {', '.join(DTYPES)}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "block_size"):
+        optional = ("max_model_len", "kv_cache_memory")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size", *optional):
             value = getattr(self, name)
-            if value is None and name == "max_model_len":
+            if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive whole number, not {value!r}")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {share!r}, allowed are above 0 to 1")
 
 
 def _need(raw: dict[str, Any], name: str) -> Any:

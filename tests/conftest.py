@@ -1,0 +1,84 @@
+"""Shared fixtures: the shipped tiny checkpoint and a way to run one function on N ranks."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "examples" / "tiny-persimmon"
+
+# Ranks of one test share two cores with each other and with whatever else runs.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    return TINY
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(fn: Callable[..., Any], env: dict[str, str], args: tuple, results: Any) -> None:
+    os.environ.update(env)
+    rank = int(env["RANK"])
+    try:
+        results.put((rank, fn(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """``fn(*args)`` on ``n`` fresh processes with a launcher's environment; results by rank.
+
+    The first rank that fails fails the test with its traceback, and no process outlives the call.
+    ``fn`` must be a module's function; arguments and results are pickled.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    shared = {
+        "WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
+    ranks = [
+        context.Process(
+            target=_rank_main,
+            args=(fn, shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, args, results),
+        )
+        for r in range(n)
+    ]
+    try:
+        for process in ranks:
+            process.start()
+        found: dict[int, Any] = {}
+        for _ in range(n):
+            try:
+                rank, value, error = results.get(timeout=timeout)
+            except Empty:
+                missing = sorted(set(range(n)) - set(found))
+                pytest.fail(f"no answer from ranks {missing} within {timeout:g} s")
+            if error:
+                pytest.fail(f"rank {rank} failed:\n{error}")
+            found[rank] = value
+        for process in ranks:
+            process.join(timeout=30)
+            assert process.exitcode == 0, "a rank hung or died after its work was done"
+        return [found[r] for r in range(n)]
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            if process.pid is not None:
+                process.join()

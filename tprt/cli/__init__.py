@@ -1,0 +1,75 @@
+"""The ``tprt`` program: one subcommand per file, errors turned into messages and exit codes.
+
+Nothing heavy is imported until a subcommand runs, so that ``--help`` answers at once.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+from tprt import __version__
+from tprt.cli import convert, generate, inspect, plan
+from tprt.errors import EXIT_SIGINT, TprtError
+from tprt.log import setup_cli_logging
+
+EXIT_BUG = 1
+# An error found alike on every rank is printed by rank 0 alone. The others stay a moment longer: a
+# launcher stops all ranks as soon as one has failed, rank 0 perhaps before it has said why.
+GRACE_SECONDS = 2.0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tprt",
+        description="Tensor-parallel inference for Persimmon-8B and models like it.",
+        epilog="Exit codes: 0 good, 1 bug, 2 usage or config, 3 checkpoint or tokenizer, 4 finished "
+        "with failed records, 5 output, 6 rank failure, 7 ranks disagree, 8 does not fit, "
+        "130 and 143 interrupted.",
+    )
+    parser.add_argument("--version", action="version", version=f"tprt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (generate, inspect, convert, plan):
+        command = module.add_parser(commands)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    setup_cli_logging("debug" if args.debug else "info")
+    try:
+        return int(args.run(args))
+    except TprtError as error:
+        _report(f"tprt: error: {error}", args.debug)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _report("tprt: interrupted", args.debug)
+        return EXIT_SIGINT
+    except BrokenPipeError:
+        # The reader of our output went away (``tprt inspect ... | head``); closing stdout again at
+        # exit would raise once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BUG
+    except Exception as error:
+        kind = type(error).__name__
+        _report(
+            f"tprt: bug: {kind}: {error}\n  try:   --debug shows the traceback; please report it",
+            args.debug,
+        )
+        return EXIT_BUG
+
+
+def _report(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or debug:
+        print(message, file=sys.stderr, flush=True)
+    else:
+        time.sleep(GRACE_SECONDS)
+        print(f"[rank {rank}] {message.splitlines()[0]}", file=sys.stderr, flush=True)

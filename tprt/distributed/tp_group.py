@@ -1,0 +1,141 @@
+"""Which rank of how many this is, and the process groups its tensor-parallel ranks share.
+
+``TPGroup`` is a plain value that layers take; without process groups it describes a rank that only
+exists on paper, so one process can build rank 3 of 4 in a test or for a plan. This file knows no
+model.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tprt.errors import ConfigError, PeerLost
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+INIT_TIMEOUT = timedelta(seconds=120)
+
+
+@dataclass(frozen=True)
+class TPGroup:
+    """One rank's view of its tensor-parallel group.
+
+    Args:
+        rank: 0 to size - 1, within this group.
+        size: number of ranks the model is cut over.
+        device: where this rank computes.
+        device_group: collectives on ``device`` tensors (NCCL or gloo); None at size 1 or on paper.
+        cpu_group: collectives on host tensors (gloo); None at size 1 or on paper.
+        owns_default_group: whether closing must also destroy torch's default group.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    device_group: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
+    owns_default_group: bool = False
+
+    def close(self) -> None:
+        """Destroy the groups made by ``init_tp_group``, and only those. Collective."""
+        for group in {id(g): g for g in (self.device_group, self.cpu_group) if g}.values():
+            dist.destroy_process_group(group)
+        if self.owns_default_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def launched_size() -> int:
+    """Number of ranks the launcher started (1 without a launcher)."""
+    return (
+        dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    )
+
+
+def default_device() -> torch.device:
+    """This rank's GPU by LOCAL_RANK where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU; this host shows {count}",
+            hint=f"at most {count} ranks on this host, or CUDA_VISIBLE_DEVICES= to use the CPU",
+        )
+    return torch.device("cuda", local_rank)
+
+
+def init_tp_group(group: Any = None, device: torch.device | None = None) -> TPGroup:
+    """Make this rank's ``TPGroup``, with child groups of its own over the ranks of ``group``.
+
+    Args:
+        group: a process group, a one-dimensional DeviceMesh, or None for the world. Under a launcher
+            without any group yet, the default group is made here and removed by ``close``.
+        device: where to compute; None picks this rank's GPU, else the CPU.
+
+    Raises:
+        ConfigError: ``group`` is of another kind, or this rank is not in it.
+        PeerLost: the other ranks could not be met.
+    """
+    device = device or default_device()
+    owns_default = False
+    if group is None and not dist.is_initialized():
+        if launched_size() == 1:
+            return TPGroup(device=device)
+        _init_default_group()
+        owns_default = True
+    ranks = _ranks_of(group)
+    if dist.get_rank() not in ranks:
+        raise ConfigError(f"rank {dist.get_rank()} is not in the given group of ranks {ranks}")
+    if len(ranks) == 1:
+        return TPGroup(device=device, owns_default_group=owns_default)
+    cpu_group = _new_group(ranks, "gloo")
+    device_group = _new_group(ranks, "nccl") if device.type == "cuda" else cpu_group
+    rank = ranks.index(dist.get_rank())
+    return TPGroup(rank, len(ranks), device, device_group, cpu_group, owns_default)
+
+
+def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:
+    group = dist.new_group(
+        ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _ranks_of(group: Any) -> list[int]:
+    if group is None:
+        return list(range(dist.get_world_size()))
+    if isinstance(group, dist.ProcessGroup):
+        return dist.get_process_group_ranks(group)
+    if hasattr(group, "get_group") and hasattr(group, "ndim"):
+        if group.ndim != 1:
+            raise ConfigError(
+                f"the DeviceMesh has {group.ndim} dimensions, allowed is 1",
+                hint='pass one axis, for example mesh["tp"]',
+            )
+        return dist.get_process_group_ranks(group.get_group())
+    raise ConfigError(f"group must be a process group or a DeviceMesh, not {type(group).__name__}")
+
+
+def _init_default_group() -> None:
+    # A restarted job meets under a prefix of its own: the store outlives the failed attempt, and a
+    # rank that reads an address of that attempt waits for a peer that is gone.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=INIT_TIMEOUT)))
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"tprt/{attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise PeerLost(
+            f"the ranks could not meet: {str(error).splitlines()[0]}",
+            where=f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}",
+            hint="check MASTER_ADDR and MASTER_PORT, and that every rank was started",
+        ) from error

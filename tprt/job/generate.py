@@ -1,0 +1,114 @@
+"""The batch job: JSONL in, JSONL out, on every rank of the launch.
+
+Rank 0 alone reads the input, decides and writes; the others take part in the model. Knows no flags
+and no YAML.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tprt.engine.outputs import RequestOutput
+from tprt.errors import ConfigError, TprtError
+from tprt.job.output_file import AtomicOutput
+from tprt.job.progress import ProgressLine
+from tprt.job.records import Record, read_records, result_line
+from tprt.llm import LLM
+from tprt.sampling_params import SamplingParams
+
+
+@dataclass
+class JobReport:
+    """What rank 0 knows after a job; ``seconds`` is generation only, without start-up."""
+
+    records: list[Record] = field(default_factory=list)
+    outputs: dict[str, RequestOutput] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> int:
+        return sum(record.error is not None for record in self.records)
+
+
+def run_job(
+    make_llm: Callable[[], LLM],
+    input_path: Path,
+    output_path: Path,
+    defaults: SamplingParams,
+    job_seed: int = 0,
+) -> JobReport | None:
+    """Answer every record of ``input_path`` in ``output_path``; the report on rank 0, else None.
+
+    Args:
+        make_llm: called once, after input and output were found usable.
+
+    Raises:
+        ConfigError: the input cannot be read or holds an id twice.
+        OutputError: the output cannot be written; an existing output is untouched.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        with make_llm() as llm:
+            llm.generate(None)
+        return None
+    records = load_records(input_path, defaults, job_seed)
+    output = AtomicOutput(output_path)
+    try:
+        with make_llm() as llm:
+            report = _answer(llm, records)
+        lines = (result_line(r, report.outputs.get(r.id)) for r in report.records)
+        output.write(map(_dump, lines))
+    finally:
+        output.discard()
+    return report
+
+
+def load_records(path: Path, defaults: SamplingParams, job_seed: int) -> list[Record]:
+    try:
+        with path.open("rb") as lines:
+            return list(read_records(lines, defaults, job_seed))
+    except OSError as error:
+        raise ConfigError(
+            f"the input cannot be read: {error.strerror or error}", where=str(path)
+        ) from error
+    except ConfigError as error:
+        error.where = f"{path}, {error.where}"
+        raise
+
+
+def _dump(line: dict[str, Any]) -> str:
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, legal as a JSON escape but not as UTF-8
+        return json.dumps(line)
+    return text
+
+
+def _answer(llm: LLM, records: list[Record]) -> JobReport:
+    checked = [_check(llm, record) for record in records]
+    good = [record for record in checked if record.error is None]
+    total = sum(record.params.n for record in good)
+    began = time.perf_counter()
+    with ProgressLine(total) as progress:
+        prompts = [record.prompt for record in good if record.prompt is not None]
+        outputs = llm.generate(prompts, [r.params for r in good], progress=progress.update)
+    report = JobReport(checked, dict(zip((r.id for r in good), outputs, strict=True)))
+    report.seconds = time.perf_counter() - began
+    report.tokens = sum(len(o.token_ids) for out in outputs for o in out.outputs)
+    return report
+
+
+def _check(llm: LLM, record: Record) -> Record:
+    """The record with its prompt as ids, or with what is wrong with it."""
+    if record.prompt is None:
+        return record
+    try:
+        request = llm.make_request(record.prompt, record.params)
+    except TprtError as error:
+        return record.failed(" ".join(str(error).split()))
+    return replace(record, prompt={"prompt_token_ids": request.prompt_token_ids})

@@ -1,0 +1,211 @@
+"""Lines of a batch file: what comes in, what goes out.
+
+One JSON object per line, in the project's own form or as an OpenAI batch line. A bad line becomes a
+record with an error and never stops a job. Knows no model and no tensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tprt.engine.outputs import RequestOutput
+from tprt.errors import ConfigError, TprtError
+from tprt.sampling_params import SamplingParams
+
+MAX_LINE_BYTES = 32 * 2**20
+OWN_KEYS = {"id", "prompt", "prompt_token_ids", "messages", "params"}
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+OPENAI_URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
+# Fields of an OpenAI body that change nothing here.
+OPENAI_IGNORED = {"model", "user", "stream", "metadata", "store"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One input line.
+
+    Args:
+        line: 1-based number in the input.
+        id: the user's, or the line number as text.
+        prompt: what ``LLM.make_request`` takes; None when ``error`` is set.
+        openai_url: set for OpenAI batch lines, which are answered in their own form.
+        shown: the prompt as the user gave it, for people to read.
+    """
+
+    line: int
+    id: str
+    prompt: dict[str, Any] | None
+    params: SamplingParams
+    error: str | None = None
+    openai_url: str | None = None
+    shown: str = ""
+
+    def failed(self, error: str) -> "Record":
+        return replace(self, error=error)
+
+
+def read_records(
+    lines: Iterable[bytes], defaults: SamplingParams, job_seed: int
+) -> Iterator[Record]:
+    """Parse lines; blank ones are skipped but counted.
+
+    Raises:
+        ConfigError: two lines have the same id; both are named.
+    """
+    seen: dict[str, int] = {}
+    for number, raw in enumerate(lines, start=1):
+        if number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        if not raw.strip():
+            continue
+        record = _parse(raw, number, defaults, job_seed)
+        if record.id in seen:
+            raise ConfigError(
+                f"id {record.id!r} stands twice",
+                where=f"lines {seen[record.id]} and {number}",
+                hint="give every record an id of its own",
+            )
+        seen[record.id] = number
+        yield record
+
+
+def record_seed(job_seed: int, record_id: str) -> int:
+    """63-bit seed of a record that brings none: the same whenever and wherever it runs."""
+    digest = hashlib.sha256(f"{job_seed}\0{record_id}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _parse(raw: bytes, number: int, defaults: SamplingParams, job_seed: int) -> Record:
+    record = Record(number, str(number), None, defaults)
+    if len(raw) > MAX_LINE_BYTES:
+        return record.failed(f"the line has {len(raw)} bytes, allowed are {MAX_LINE_BYTES}")
+    try:
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return record.failed(f"the line is not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        return record.failed(f"the line is not JSON: {error}")
+    if not isinstance(value, dict):
+        return record.failed(f"the line must hold a JSON object, not {type(value).__name__}")
+    key = "custom_id" if "custom_id" in value else "id"
+    if key in value:
+        if not isinstance(value[key], str | int) or isinstance(value[key], bool):
+            return record.failed(f"{key} must be a text or a whole number, not {value[key]!r}")
+        record = replace(record, id=str(value[key]))
+    if key == "custom_id":
+        record = replace(record, openai_url=str(value.get("url", "/v1/completions")))
+    try:
+        prompt, own = _openai_body(value) if record.openai_url else _own_fields(value)
+        seed = own.get("seed", defaults.seed)
+        merged = vars(defaults) | own
+        merged["seed"] = record_seed(job_seed, record.id) if seed is None else seed
+        (given,) = prompt.values()
+        shown = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        params = SamplingParams.from_dict(merged)
+        return replace(record, prompt=prompt, params=params, shown=shown)
+    except TprtError as error:
+        return record.failed(" ".join(str(error).split()))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _own_fields(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    unknown = sorted(set(value) - OWN_KEYS)
+    if unknown:
+        raise ConfigError(f"unknown key {unknown[0]!r}; known are {', '.join(sorted(OWN_KEYS))}")
+    params = value.get("params", {})
+    if not isinstance(params, dict):
+        raise ConfigError(f"params must be an object, not {params!r}")
+    return _one_prompt(value), params
+
+
+def _one_prompt(value: dict[str, Any]) -> dict[str, Any]:
+    given = [key for key in PROMPT_KEYS if value.get(key) is not None]
+    if len(given) != 1:
+        raise ConfigError(f"exactly one of {', '.join(PROMPT_KEYS)} is needed, found {len(given)}")
+    return {given[0]: value[given[0]]}
+
+
+def _openai_body(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    url, body = value.get("url", "/v1/completions"), value.get("body")
+    if url not in OPENAI_URLS:
+        raise ConfigError(f"url is {url!r}; known are {', '.join(OPENAI_URLS)}")
+    if value.get("method", "POST") != "POST":
+        raise ConfigError(f"method is {value['method']!r}; only POST is known")
+    if not isinstance(body, dict):
+        raise ConfigError("an OpenAI batch line needs an object 'body'")
+    kind = OPENAI_URLS[url]
+    if kind not in body:
+        raise ConfigError(f"body has no {kind!r}")
+    prompt = body[kind]
+    if kind == "prompt" and isinstance(prompt, list):
+        kind = "prompt_token_ids"  # a list is token ids here; many prompts are many lines
+    given = {k: v for k, v in body.items() if v is not None and k not in OPENAI_IGNORED}
+    params = {k: v for k, v in given.items() if k != OPENAI_URLS[url]}
+    if "max_completion_tokens" in params:
+        params.setdefault("max_tokens", params.pop("max_completion_tokens"))
+    return {kind: prompt}, params
+
+
+def result_line(record: Record, output: RequestOutput | None) -> dict[str, Any]:
+    """The output line of a record: its completions, or its error."""
+    if record.openai_url:
+        return _openai_result(record, output)
+    if output is None:
+        error = {"message": record.error, "line": record.line}
+        return {"id": record.id, "prompt_tokens": 0, "outputs": [], "error": error}
+    completions = [
+        {
+            "index": o.index,
+            "text": o.text,
+            "finish_reason": o.finish_reason,
+            "tokens": len(o.token_ids),
+        }
+        for o in output.outputs
+    ]
+    return {
+        "id": record.id,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "outputs": completions,
+        "error": None,
+    }
+
+
+def _openai_result(record: Record, output: RequestOutput | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"id": f"batch_req_{record.line}", "custom_id": record.id}
+    if output is None:
+        error = {
+            "message": record.error,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": None,
+        }
+        response = {"status_code": 400, "request_id": line["id"], "body": {"error": error}}
+        return line | {"response": response, "error": None}
+    chat = record.openai_url == "/v1/chat/completions"
+    choices = []
+    for o in output.outputs:
+        said: dict[str, Any] = (
+            {"message": {"role": "assistant", "content": o.text}} if chat else {"text": o.text}
+        )
+        choices.append(
+            {"index": o.index, **said, "finish_reason": o.finish_reason, "logprobs": None}
+        )
+    prompt_tokens = len(output.prompt_token_ids)
+    completion_tokens = sum(len(o.token_ids) for o in output.outputs)
+    body = {
+        "id": f"{'chatcmpl' if chat else 'cmpl'}-{record.line}",
+        "object": "chat.completion" if chat else "text_completion",
+        "choices": choices,
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        },
+    }
+    response = {"status_code": 200, "request_id": line["id"], "body": body}
+    return line | {"response": response, "error": None}

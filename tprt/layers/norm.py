@@ -1,0 +1,55 @@
+"""LayerNorm over the hidden size, and over the width of each head."""
+
+import torch
+from torch import nn
+
+from tprt import kernels
+from tprt.distributed.sharding import broadcast_rows, cut, replicated
+from tprt.distributed.tp_group import TPGroup
+from tprt.layers.linear import sharded_parameter
+
+
+class LayerNorm(nn.Module):
+    """Mean-subtracting LayerNorm with weight and bias, the same on every rank."""
+
+    def __init__(self, hidden_size: int, eps: float, tp: TPGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
+        self.bias = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> the same shape and dtype."""
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class HeadLayerNorm(nn.Module):
+    """LayerNorm over the width of one head; held per local head whatever the checkpoint shares.
+
+    Args:
+        num_heads: of the whole model.
+        per_head: on disk each head has a pair of its own, [num_heads, head_dim]; else one pair
+            [head_dim] serves all heads.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        eps: float,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        per_head: bool,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        if per_head:
+            spec = cut((num_heads, head_dim), 0, tp.rank, tp.size)
+        else:
+            spec = broadcast_rows(num_heads // tp.size, (head_dim,))
+        self.weight = sharded_parameter(spec, dtype, tp.device)
+        self.bias = sharded_parameter(spec, dtype, tp.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, local heads, head_dim] -> the same shape and dtype."""
+        return kernels.head_layer_norm(x, self.weight, self.bias, self.eps)
