@@ -107,8 +107,9 @@ def _decode_attention(
     v = v_cache[blocks].flatten(1, 2)[:, :longest].transpose(1, 2)
     lengths = torch.tensor(context_lens, device=q_BHD.device).view(-1, 1)
     mask = torch.arange(longest, device=q_BHD.device) <= lengths
-    # Masked slots may hold anything, NaN of an earlier sequence too, and 0 x NaN is NaN.
-    v = v.masked_fill(~mask[:, None, :, None], 0)
+    # Masked slots may hold NaN of an earlier sequence: NaN - inf and 0 x NaN are both NaN.
+    stale = ~mask[:, None, :, None]
+    k, v = k.masked_fill(stale, 0), v.masked_fill(stale, 0)
     ctx = F.scaled_dot_product_attention(
         q_BHD[:, :, None], k, v, attn_mask=mask[:, None, None], scale=scale
     )

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run every test that needs no GPU. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/venv.sh
+ensure_venv dev
+exec .venv/bin/python -m pytest -m "not gpu and not multi_gpu" "$@"

@@ -1,0 +1,177 @@
+"""Sharded layers against the whole layer: every rank is built in one process, on paper.
+
+The collectives themselves run in test_parity.py; here the cut, the padding and the place of the bias
+are checked with plain sums.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tprt import kernels
+from tprt.distributed.sharding import (
+    ShardSpec,
+    broadcast_rows,
+    cut,
+    padded_cut,
+    padded_part,
+    replicated,
+)
+from tprt.distributed.tp_group import TPGroup
+from tprt.errors import ConfigError
+from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tprt.layers.norm import HeadLayerNorm
+from tprt.layers.rotary import RotaryEmbedding
+
+F32 = torch.float32
+
+
+def ranks(size: int) -> list[TPGroup]:
+    return [TPGroup(rank, size) for rank in range(size)]
+
+
+def fill(module: torch.nn.Module, whole: dict[str, torch.Tensor]) -> torch.nn.Module:
+    for name, parameter in module.named_parameters():
+        parameter.shard_spec.load(parameter, lambda s, t=whole[name]: t[s])
+    return module
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_column_then_row_is_the_whole_layer(size):
+    """A bias added on every rank, or a cut along the wrong side, shows here at sizes above 1."""
+    torch.manual_seed(0)
+    up = {"weight": torch.randn(24, 8), "bias": torch.randn(24)}
+    down = {"weight": torch.randn(8, 24), "bias": torch.randn(8)}
+    x = torch.randn(5, 8)
+    expected = F.linear(F.linear(x, **up), **down)
+    partial = 0
+    for tp in ranks(size):
+        column = fill(ColumnParallelLinear(8, 24, tp, F32), up)
+        row = fill(RowParallelLinear(24, 8, tp, F32), down)
+        assert column.weight.shape == (24 // size, 8)
+        partial = partial + F.linear(column(x), row.weight)
+    torch.testing.assert_close(partial + row.bias, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size):
+    torch.manual_seed(0)
+    table, ids, x = torch.randn(10, 6), torch.arange(10), torch.randn(3, 6)
+    rows, logits = 0, []
+    for tp in ranks(size):
+        embedding = fill(VocabParallelEmbedding(10, 6, tp, F32), {"weight": table})
+        local = ids - tp.rank * embedding.part
+        mine = (local >= 0) & (local < embedding.part)
+        rows = rows + F.embedding(local.clamp(0, embedding.part - 1), embedding.weight) * mine[:, None]
+        head = fill(ParallelLMHead(10, 6, tp, F32), {"weight": table})
+        logits.append(head(x))
+    assert torch.equal(rows, table)
+    together = torch.cat(logits, 1)
+    torch.testing.assert_close(together[:, :10], x @ table.T)
+    assert not together[:, 10:].any(), "padding rows must be zero, not uninitialised memory"
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_head_layernorm_gives_each_head_its_own_pair(per_head):
+    torch.manual_seed(0)
+    shape = (4, 6) if per_head else (6,)
+    whole = {"weight": torch.randn(shape), "bias": torch.randn(shape)}
+    x = torch.randn(3, 4, 6)
+    expected = F.layer_norm(x, (6,), eps=1e-5) * whole["weight"] + whole["bias"]
+    out = []
+    for tp in ranks(2):
+        norm = fill(HeadLayerNorm(4, 6, 1e-5, tp, F32, per_head), whole)
+        assert norm.weight.shape == (2, 6)
+        out.append(norm(x[:, 2 * tp.rank : 2 * tp.rank + 2]))
+    torch.testing.assert_close(torch.cat(out, 1), expected)
+
+
+def test_bf16_rotary_rounds_positions_and_products():
+    """Independent emulation of reference precision: P, inv_freq and P x inv_freq in bfloat16."""
+    rotary_dim, theta = 8, 25000.0
+    table = RotaryEmbedding(rotary_dim, 4096, theta, "bf16", torch.device("cpu"))
+    inv_freq = torch.tensor([theta ** (-2 * i / rotary_dim) for i in range(4)]).to(torch.bfloat16)
+    for position in (0, 1, 255, 256, 257, 1995, 4095):
+        angle = torch.tensor(float(position)).to(torch.bfloat16) * inv_freq
+        assert angle.dtype == torch.bfloat16
+        assert torch.equal(table.cos[position], angle.cos().float())
+        assert torch.equal(table.sin[position], angle.sin().float())
+    assert torch.equal(table.cos[257], table.cos[256]), "257 rounds to 256 in bfloat16"
+    exact = RotaryEmbedding(rotary_dim, 4096, theta, "fp32", torch.device("cpu"))
+    assert not torch.equal(exact.cos[257], exact.cos[256])
+
+
+def test_rotary_turns_half_split_pairs_and_leaves_the_rest():
+    x = torch.randn(3, 2, 10)
+    angle = torch.tensor([[0.3, 1.1], [0.0, 0.0], [2.0, -1.0]])
+    turned = kernels.rotary(x, angle.cos(), angle.sin())
+    for t in range(3):
+        for i in range(2):  # pairs are (i, i + 2), not (2i, 2i + 1)
+            a, b, c = x[t, :, i], x[t, :, i + 2], angle[t, i]
+            torch.testing.assert_close(turned[t, :, i], a * c.cos() - b * c.sin())
+            torch.testing.assert_close(turned[t, :, i + 2], b * c.cos() + a * c.sin())
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+
+
+def test_squared_relu_in_float16_does_not_overflow():
+    x = torch.tensor([-3.0, 0.0, 2.0, 255.0, 300.0, 60000.0, float("nan")], dtype=torch.float16)
+    y = kernels.squared_relu(x)
+    assert y[:3].tolist() == [0.0, 0.0, 4.0]
+    assert torch.isfinite(y[:6]).all() and y[4] == 65504.0
+    assert torch.isnan(y[6]), "a NaN must stay visible"
+
+
+def test_attention_ignores_what_other_sequences_left_behind():
+    """Blocks reused after a sequence with NaN must not leak it: 0 x NaN is NaN."""
+    torch.manual_seed(0)
+    k = torch.full((6, 4, 2, 8), float("nan"))
+    v = k.clone()
+    slots = torch.tensor([4, 5, 6, 7, 8, 12, 13])  # sequence A: blocks 1, 2; B: block 3
+    kernels.store_kv(torch.randn(7, 2, 8), torch.randn(7, 2, 8), k, v, slots)
+    tables = torch.tensor([[1, 2], [3, 0]])
+    q = torch.randn(2, 2, 8)
+    out = kernels.paged_attention(q, k, v, tables, (1, 1), (4, 1), 0.3)
+    assert torch.isfinite(out).all()
+    alone = kernels.paged_attention(q[1:], k, v, tables[1:, :1], (1,), (1,), 0.3)
+    torch.testing.assert_close(out[1:], alone)
+
+
+@given(
+    n=st.integers(1, 40),
+    other=st.integers(1, 5),
+    size=st.integers(1, 8),
+    transposed=st.booleans(),
+    data=st.data(),
+)
+def test_shards_put_together_are_the_tensor(n, other, size, transposed, data):
+    """Property: load on every rank, store from every rank, and nothing is lost, moved or added."""
+    dim = data.draw(st.integers(0, 1))
+    shape = (n, other) if dim == 0 else (other, n)
+    whole = torch.arange(n * other, dtype=F32).view(shape) + 1
+    back = torch.zeros(shape)
+    for rank in range(size):
+        plain = padded_cut(shape, dim, rank, padded_part(n, size))
+        spec = ShardSpec(plain.canonical_shape, plain.local_shape, plain.pieces, transposed)
+        parameter = torch.full(spec.parameter_shape, float("nan"))
+        spec.load(parameter, lambda s: whole[s])
+        assert torch.isfinite(parameter).all(), "padding must be zeroed"
+        spec.store(parameter, back)
+    assert torch.equal(back, whole)
+
+
+def test_replicated_and_broadcast_specs_round_trip():
+    whole = torch.randn(5)
+    for spec in (replicated((5,)), broadcast_rows(3, (5,))):
+        parameter, back = torch.empty(spec.parameter_shape), torch.zeros(5)
+        spec.load(parameter, lambda s: whole[s])
+        spec.store(parameter, back)
+        assert torch.equal(back, whole)
+        assert spec.needed_bytes(4) == 20
+
+
+def test_uneven_cut_is_refused():
+    with pytest.raises(ConfigError, match="does not divide over 3 ranks"):
+        cut((8, 4), 0, 0, 3)
