@@ -1,0 +1,238 @@
+"""What every checkpoint reader answers, and the checks that all layouts share.
+
+Names are Hugging Face's, shapes are those of the whole model. This file knows no layout and no model
+class; sizes come from the config.
+"""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from tprt.config import PersimmonConfig
+from tprt.distributed.sharding import Slices
+from tprt.errors import CheckpointError
+
+Layout = Literal["megatron", "huggingface", "presharded"]
+FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
+LISTED = 20  # names an error shows before it only counts
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TOKENIZER_NAMES = ("adept_vocab.model", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as ``tprt inspect`` shows it.
+
+    ``cut_dim`` is the dimension along which ``files`` rank files share it; None: each holds all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    cut_dim: int | None
+    files: int
+
+
+class CheckpointReader(ABC):
+    """A checkpoint on disk. Opening it checks names, shapes, dtypes and sizes, and reads no weights."""
+
+    layout: ClassVar[Layout]
+    path: Path
+    config: PersimmonConfig
+    dtype: torch.dtype
+    disk_tp: int = 1
+    tokenizer_path: Path | None = None
+    warnings: list[str]
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every tensor, by its Hugging Face name. Without ``lm_head.weight`` when the head is tied."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+
+    @abstractmethod
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype on disk."""
+
+    @abstractmethod
+    def read(self, name: str, slices: Slices) -> torch.Tensor:
+        """A block of the whole tensor in its dtype on disk; only its bytes are asked of the file.
+
+        Args:
+            slices: one per dimension, with a step of 1.
+        """
+
+    @abstractmethod
+    def describe(self) -> list[TensorInfo]:
+        """Every tensor with its cut on disk."""
+
+    @abstractmethod
+    def verify_full(self) -> None:
+        """Read every byte and compare checksums, where the layout has any.
+
+        Raises:
+            CheckpointError: names the file and the member or tensor that is damaged.
+        """
+
+    @property
+    @abstractmethod
+    def bytes_read(self) -> int:
+        """Bytes of weights asked for so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of files. Reading afterwards is an error."""
+
+    def read_whole(self, name: str) -> torch.Tensor:
+        return self.read(name, tuple(slice(0, n) for n in self.shape(name)))
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def canonical_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, in reading order.
+
+    q/k LayerNorms are [head_dim] when a layer shares them, [num_heads, head_dim] when heads differ.
+    ``lm_head.weight`` is absent when the head is tied.
+    """
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    qk_shape: tuple[int, ...] = (config.head_dim,)
+    if config.qk_layernorm == "per_head":
+        qk_shape = (config.num_attention_heads, config.head_dim)
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "input_layernorm.bias": (hidden,),
+        "self_attn.query_key_value.weight": (3 * hidden, hidden),
+        "self_attn.query_key_value.bias": (3 * hidden,),
+    }
+    if config.qk_layernorm != "none":
+        for norm in ("q_layernorm", "k_layernorm"):
+            layer |= {f"self_attn.{norm}.{part}": qk_shape for part in ("weight", "bias")}
+    layer |= {
+        "self_attn.dense.weight": (hidden, hidden),
+        "self_attn.dense.bias": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "post_attention_layernorm.bias": (hidden,),
+        "mlp.dense_h_to_4h.weight": (ffn, hidden),
+        "mlp.dense_h_to_4h.bias": (ffn,),
+        "mlp.dense_4h_to_h.weight": (hidden, ffn),
+        "mlp.dense_4h_to_h.bias": (hidden,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    for index in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
+    shapes |= {f"model.final_layernorm.{part}": (hidden,) for part in ("weight", "bias")}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(sorted(names)[:LISTED]) + more
+
+
+def check_tensors(
+    found: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    wanted: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Compare what a file holds with what the config wants, both ways, all findings in one error.
+
+    Raises:
+        CheckpointError: tensors are missing, left over, of another shape or not floating point.
+    """
+    missing, extra = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    both = sorted(wanted.keys() & found.keys())
+    shapes = [
+        f"{name} {list(found[name][0])} instead of {list(wanted[name])}"
+        for name in both
+        if tuple(found[name][0]) != tuple(wanted[name])
+    ]
+    dtypes = [f"{name} ({found[name][1]})" for name in both if found[name][1] not in FLOAT_DTYPES]
+    problems = [
+        f"{len(names)} {kind}: {listed(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("not expected", extra),
+            ("of a wrong shape", shapes),
+            ("of a dtype that weights cannot have", dtypes),
+        )
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            "the tensors are not those its configuration describes; " + "; ".join(problems),
+            where=where,
+            hint="the configuration and the weights of one and the same release",
+        )
+
+
+def build_config(
+    build: Callable[[dict[str, Any]], PersimmonConfig], raw: dict[str, Any], where: str
+) -> PersimmonConfig:
+    """``build(raw)``, with ``where`` in the error and values of a wrong type as errors too."""
+    try:
+        return build(raw)
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.what, where=f"{where} {error.where}".strip(), hint=error.hint
+        ) from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CheckpointError(
+            f"a value of the model's configuration has a wrong type ({error})", where=where
+        ) from error
+
+
+def differing_fields(a: PersimmonConfig, b: PersimmonConfig) -> list[str]:
+    return [
+        f"{f.name} ({getattr(a, f.name)!r} and {getattr(b, f.name)!r})"
+        for f in fields(a)
+        if getattr(a, f.name) != getattr(b, f.name)
+    ]
+
+
+def main_dtype(dtypes: Collection[torch.dtype]) -> torch.dtype:
+    """The dtype most tensors have."""
+    return Counter(dtypes).most_common(1)[0][0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def find_tokenizer(folders: list[Path]) -> Path | None:
+    """The sentencepiece model in the first folder that has one."""
+    for folder in folders:
+        for name in TOKENIZER_NAMES:
+            if (folder / name).is_file():
+                return folder / name
+        models = sorted(folder.glob("*.model"))
+        if len(models) == 1 and models[0].is_file():
+            return models[0]
+    return None
+
+
+def overlap(asked: slice, start: int, stop: int) -> tuple[int, int]:
+    """The part of ``asked`` inside [start, stop); empty when the second is not above the first."""
+    return max(asked.start, start), min(asked.stop, stop)
+
+
+def normal(slices: Slices, shape: tuple[int, ...]) -> Slices:
+    """Slices with both ends given, clipped to ``shape``."""
+    assert len(slices) == len(shape), (slices, shape)
+    ends = [s.indices(n) for s, n in zip(slices, shape, strict=True)]
+    assert all(step == 1 for _, _, step in ends), slices
+    return tuple(slice(start, max(start, stop)) for start, stop, _ in ends)
