@@ -1,0 +1,278 @@
+"""Our own layout: one safetensors file per rank and a manifest with shapes, cuts and digests.
+
+``manifest.json`` says of every tensor in every rank file which blocks of the whole tensor lie where,
+so any other number of ranks can read it too; each tensor has a sha256. This file knows the manifest's
+fields; it does not decide how anything is cut.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from math import prod
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from tprt.checkpoint.reader import (
+    CheckpointReader,
+    TensorInfo,
+    build_config,
+    canonical_shapes,
+    check_tensors,
+    dtype_name,
+    find_tokenizer,
+    main_dtype,
+    normal,
+    overlap,
+)
+from tprt.checkpoint.safetensors_file import (
+    DTYPES,
+    SafetensorsFile,
+    raw_bytes,
+    read_json,
+)
+from tprt.checkpoint.torch_file import AGAIN_HINT
+from tprt.config import PersimmonConfig, QKLayerNorm, RotaryPrecision
+from tprt.distributed.sharding import Piece, ShardSpec, Slices
+from tprt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT, VERSION = "tprt-presharded", 1
+TensorShape = tuple[int, ...]
+_DTYPES_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
+
+
+def rank_file_name(rank: int, tp_size: int) -> str:
+    return f"rank_{rank:02d}_of_{tp_size:02d}.safetensors"
+
+
+def slices_to_json(slices: Slices) -> list[list[int]]:
+    return [[s.start, s.stop] for s in slices]
+
+
+def entry_to_json(spec: ShardSpec, dtype: torch.dtype, sha256: str) -> dict[str, Any]:
+    """What the manifest says of one tensor in one rank file."""
+    return {
+        "dtype": dtype_name(dtype),
+        "shape": list(spec.local_shape),
+        "pieces": [
+            {"canonical": slices_to_json(p.canonical), "local": slices_to_json(p.local)}
+            for p in spec.pieces
+        ],
+        "sha256": sha256,
+    }
+
+
+def config_to_json(config: PersimmonConfig) -> dict[str, Any]:
+    return {"model_type": config.model_type, **asdict(config)}
+
+
+def covers(shape: tuple[int, ...], boxes: list[Slices]) -> bool:
+    """Whether distinct ``boxes`` tile ``shape``: none overlaps another, nothing is left out."""
+    if sum(prod(s.stop - s.start for s in box) for box in boxes) != prod(shape):
+        return False
+    return not any(
+        all(max(x.start, y.start) < min(x.stop, y.stop) for x, y in zip(a, b, strict=True))
+        for a, b in combinations(boxes, 2)
+    )
+
+
+@dataclass(frozen=True)
+class _Block:
+    file: SafetensorsFile
+    piece: Piece
+
+
+class PreshardedReader(CheckpointReader):
+    """Reads a folder written by ``write_presharded``, at any TP size.
+
+    Raises:
+        CheckpointError: the manifest is malformed, or the rank files are not those it describes.
+    """
+
+    layout = "presharded"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.warnings: list[str] = []
+        self._where = str(path / MANIFEST)
+        manifest = read_json(path / MANIFEST)
+        if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
+            raise self._error(
+                f"format {manifest.get('format')!r} version {manifest.get('version')!r} is not "
+                f"{FORMAT!r} version {VERSION}"
+            )
+        self.config = build_config(_config_from_json, manifest.get("config") or {}, self._where)
+        files = manifest.get("files")
+        tp = manifest.get("tp_size")
+        if type(tp) is not int or not isinstance(files, list) or len(files) != tp or tp < 1:
+            raise self._error(f"tp_size is {tp!r}, which is not the number of its files")
+        self.disk_tp = tp
+        self._files: list[SafetensorsFile] = []
+        self._digests: list[dict[str, str]] = []
+        self._dtypes: dict[str, torch.dtype] = {}
+        self._blocks: dict[str, dict[tuple[tuple[int, int], ...], _Block]] = {}
+        self._cut: dict[str, int | None] = {}
+        self._shapes = canonical_shapes(self.config)
+        for rank, entry in enumerate(files):
+            try:
+                self._add_file(rank, entry)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise self._error(
+                    f"what it says of rank {rank} is malformed ({type(error).__name__}: {error})"
+                ) from error
+        self._check_cover()
+        self.dtype = main_dtype(list(self._dtypes.values()))
+        self.tokenizer_path = find_tokenizer([path])
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
+    def read(self, name: str, slices: Slices) -> torch.Tensor:
+        asked = normal(slices, self._shapes[name])
+        lengths = [s.stop - s.start for s in asked]
+        out: torch.Tensor | None = None
+        for block in self._blocks[name].values():
+            box, local = block.piece.canonical, block.piece.local
+            spans = [overlap(a, b.start, b.stop) for a, b in zip(asked, box, strict=True)]
+            if any(stop <= start for start, stop in spans):
+                continue
+            # A local tensor with one leading dimension more repeats the block; one copy will do.
+            extra = len(local) - len(box)
+            source = [slice(s.start, s.start + 1) for s in local[:extra]] + [
+                slice(at.start + start - b.start, at.start + stop - b.start)
+                for (start, stop), b, at in zip(spans, box, local[extra:], strict=True)
+            ]
+            part = block.file.read(name, tuple(source))
+            part = part[0] if extra else part
+            if list(part.shape) == lengths:
+                return part  # the same cut as on disk: no second copy
+            if out is None:
+                out = torch.empty(lengths, dtype=self._dtypes[name])
+            place = zip(spans, asked, strict=True)
+            out[tuple(slice(s - a.start, e - a.start) for (s, e), a in place)] = part
+        return torch.empty(lengths, dtype=self._dtypes[name]) if out is None else out
+
+    def describe(self) -> list[TensorInfo]:
+        return [
+            TensorInfo(
+                name, shape, dtype_name(self._dtypes[name]), self._cut_dim(name), self.disk_tp
+            )
+            for name, shape in self._shapes.items()
+        ]
+
+    def verify_full(self) -> None:
+        for file, digests in zip(self._files, self._digests, strict=True):
+            before = file.bytes_read
+            for name, expected in digests.items():
+                shape, _ = file.tensors[name]
+                tensor = file.read(name, tuple(slice(0, n) for n in shape))
+                found = hashlib.sha256(raw_bytes(tensor)).hexdigest()
+                if found != expected:
+                    raise CheckpointError(
+                        f"'{name}' is damaged: sha256 {found[:16]}..., recorded {expected[:16]}...",
+                        where=str(file.path),
+                        hint=AGAIN_HINT,
+                    )
+            file.bytes_read = before
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(file.bytes_read for file in self._files)
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        self._blocks.clear()
+
+    def _error(self, what: str, hint: str = "tprt convert writes it anew") -> CheckpointError:
+        return CheckpointError(what, where=self._where, hint=hint)
+
+    def _add_file(self, rank: int, entry: dict[str, Any]) -> None:
+        expected_name = rank_file_name(rank, self.disk_tp)
+        if entry["name"] != expected_name:
+            raise self._error(f"rank {rank} is in {entry['name']!r} instead of '{expected_name}'")
+        if not (self.path / expected_name).is_file():
+            raise CheckpointError(
+                f"missing rank file '{expected_name}'", where=str(self.path), hint=AGAIN_HINT
+            )
+        file = SafetensorsFile(self.path / expected_name)
+        tensors: dict[str, Any] = entry["tensors"]
+        check_tensors(
+            file.tensors, {n: tuple(t["shape"]) for n, t in tensors.items()}, str(file.path)
+        )
+        check_tensors(
+            {n: (self._shapes.get(n, ()), torch.float32) for n in tensors},
+            self._shapes,
+            self._where,
+        )
+        for name, told in tensors.items():
+            local_shape, dtype = file.tensors[name]
+            known = self._dtypes.setdefault(name, dtype)
+            if _DTYPES_BY_NAME.get(told["dtype"]) != dtype or dtype != known:
+                raise self._error(f"'{name}' has {dtype_name(dtype)} in '{expected_name}'")
+            for raw in told["pieces"]:
+                piece = Piece(_slices(raw["canonical"]), _slices(raw["local"]))
+                self._check_piece(name, piece, local_shape)
+                key = tuple((s.start, s.stop) for s in piece.canonical)
+                self._blocks.setdefault(name, {}).setdefault(key, _Block(file, piece))
+        self._files.append(file)
+        self._digests.append({name: str(told["sha256"]) for name, told in tensors.items()})
+
+    def _check_piece(self, name: str, piece: Piece, local_shape: TensorShape) -> None:
+        def lengths(slices: Slices) -> list[int]:
+            return [s.stop - s.start for s in slices]
+
+        def inside(slices: Slices, shape: TensorShape) -> bool:
+            return len(slices) == len(shape) and all(
+                0 <= s.start <= s.stop <= n for s, n in zip(slices, shape, strict=True)
+            )
+
+        shape = self._shapes[name]
+        extra = len(piece.local) - len(shape)
+        if (
+            not inside(piece.canonical, shape)
+            or not inside(piece.local, local_shape)
+            or extra not in (0, 1)
+            or lengths(piece.local)[extra:] != lengths(piece.canonical)
+            or (extra and lengths(piece.local)[0] < 1)
+        ):
+            raise self._error(f"a piece of '{name}' lies outside its tensor")
+
+    def _check_cover(self) -> None:
+        for name, shape in self._shapes.items():
+            boxes = [block.piece.canonical for block in self._blocks.get(name, {}).values()]
+            if not covers(shape, boxes):
+                raise self._error(f"the pieces of '{name}' do not make up its shape {list(shape)}")
+
+    def _cut_dim(self, name: str) -> int | None:
+        boxes = [block.piece.canonical for block in self._blocks[name].values()]
+        shape = self._shapes[name]
+        cut = [d for d, n in enumerate(shape) if any(b[d] != slice(0, n) for b in boxes)]
+        return cut[0] if cut else None
+
+
+def _slices(raw: list[list[int]]) -> Slices:
+    for start, stop in raw:
+        if type(start) is not int or type(stop) is not int:
+            raise ValueError("a slice of what is not a whole number")
+    return tuple(slice(start, stop) for start, stop in raw)
+
+
+def _config_from_json(raw: dict[str, Any]) -> PersimmonConfig:
+    fields = dict(raw)
+    kind = fields.pop("model_type", None)
+    if kind != PersimmonConfig.model_type:
+        raise CheckpointError(f"model_type is {kind!r}, which is not implemented", hint="persimmon")
+    for name, known in (("qk_layernorm", QKLayerNorm), ("rotary_precision", RotaryPrecision)):
+        value = fields.get(name)
+        if value is not None and value not in get_args(known):
+            raise CheckpointError(f"{name} is {value!r}", hint=", ".join(get_args(known)))
+    return PersimmonConfig(**fields)
