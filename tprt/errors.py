@@ -20,6 +20,16 @@ class TprtError(Exception):
         super().__init__(what)
         self.what, self.where, self.hint = what, where, hint
 
+    def to_json(self) -> list[str]:
+        return [type(self).__name__, self.what, self.where, self.hint]
+
+    @staticmethod
+    def from_json(raw: list[str]) -> "TprtError":
+        """The error another rank met, of the same class."""
+        kind, what, where, hint = raw
+        known = {c.__name__: c for c in _subclasses(TprtError)}
+        return known.get(kind, TprtError)(what, where=where, hint=hint)
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:
@@ -27,6 +37,10 @@ class TprtError(Exception):
         if self.hint:
             lines.append(f"  try:   {self.hint}")
         return "\n".join(lines)
+
+
+def _subclasses(cls: type[TprtError]) -> list[type[TprtError]]:
+    return [cls, *(c for sub in cls.__subclasses__() for c in _subclasses(sub))]
 
 
 class ConfigError(TprtError):

@@ -18,7 +18,7 @@ import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import EngineConfig, RotaryPrecision
 from tprt.distributed.communication import broadcast_json, gather_json
-from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
+from tprt.distributed.tp_group import init_tp_group, launched_size
 from tprt.engine.llm_engine import LLMEngine, Progress
 from tprt.engine.model_runner import ModelRunner
 from tprt.engine.noise import arrival_seed
@@ -134,7 +134,7 @@ class LLM:
         model = get_model_class(self.config.model_type)(
             self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
         ).eval()
-        load_weights(model, reader)
+        self._together(lambda: load_weights(model, reader))
         block_size = self.engine_config.block_size
         bytes_per_token = sum(spec.bytes_per_token(dtype) for spec in model.cache_spec())
         num_blocks = self._agree_on_blocks(bytes_per_token * block_size)
@@ -189,6 +189,18 @@ class LLM:
                         hint="start every rank with the same model and settings",
                     )
 
+    def _together(self, work: Callable[[], None]) -> None:
+        """``work()`` on every rank; if one fails, all raise the error of the first that did."""
+        mine: list[str] | None = None
+        try:
+            work()
+        except TprtError as error:
+            error.where = f"rank {self.tp.rank}, {error.where}" if self.tp.size > 1 else error.where
+            mine = error.to_json()
+        for failed in gather_json(mine, self.tp):
+            if failed is not None:
+                raise TprtError.from_json(failed)
+
     def _from_rank0(self, make: Callable[[], T]) -> T:
         """``make()`` of rank 0 on every rank; an error of rank 0 is raised on every rank."""
         answer: dict[str, Any] = {}
@@ -196,11 +208,10 @@ class LLM:
             try:
                 answer = {"value": make()}
             except TprtError as error:
-                answer = {"error": [error.what, error.where, error.hint]}
+                answer = {"error": error.to_json()}
         answer = broadcast_json(answer, self.tp)
         if "error" in answer:
-            what, where, hint = answer["error"]
-            raise ConfigError(what, where=where, hint=hint)
+            raise TprtError.from_json(answer["error"])
         return answer["value"]  # type: ignore[no-any-return]
 
     @property

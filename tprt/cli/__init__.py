@@ -72,4 +72,4 @@ def _report(message: str, debug: bool) -> None:
         print(message, file=sys.stderr, flush=True)
     else:
         time.sleep(GRACE_SECONDS)
-        print(f"[rank {rank}] {message.splitlines()[0]}", file=sys.stderr, flush=True)
+        print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)
