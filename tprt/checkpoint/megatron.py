@@ -248,7 +248,8 @@ class MegatronReader(CheckpointReader):
                 wanted[theirs] = local[key]
         for rank, stages in zip(ranks, grid, strict=True):
             found = {name: (tensor.shape, tensor.dtype) for name, (_, tensor) in rank.items()}
-            check_tensors(found, wanted, str(stages[0].file.path.parent))
+            paths = [str(stage.file.path) for stage in stages]
+            check_tensors(found, wanted, ", ".join(paths))
             for file, tensor in rank.values():
                 file.check_storage(tensor)
         for name in wanted:

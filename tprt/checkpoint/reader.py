@@ -20,6 +20,7 @@ from tprt.errors import CheckpointError
 Layout = Literal["megatron", "huggingface", "presharded"]
 FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 LISTED = 20  # names an error shows before it only counts
+MAX_SIZES = {"num_hidden_layers": 4096, "num_attention_heads": 65536}  # both are looped over
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_NAMES = ("adept_vocab.model", "tokenizer.model")
 
@@ -185,7 +186,11 @@ def build_config(
 ) -> PersimmonConfig:
     """``build(raw)``, with ``where`` in the error and values of a wrong type as errors too."""
     try:
-        return build(raw)
+        config = build(raw)
+        for name, limit in MAX_SIZES.items():
+            if getattr(config, name) > limit:
+                raise CheckpointError(f"{name} is {getattr(config, name)}; the limit is {limit}")
+        return config
     except CheckpointError as error:
         raise CheckpointError(
             error.what, where=f"{where} {error.where}".strip(), hint=error.hint
