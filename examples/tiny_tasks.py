@@ -11,19 +11,21 @@ from dataclasses import dataclass
 
 # Words that occur as keys, list items and counted things; all short, all distinct.
 NOUNS = """
-acorn alley anchor angle apple apron arch arrow atlas attic axle badge bagel banjo barn basin basket
-beach bead beak beam bear beetle bell belt bench berry bird blade block board boat bolt bone book
-boot bowl branch brass bread brick bridge brook broom brush bucket bugle bulb bush button cabin
-cable cactus camel canal candle canoe cape card cargo carp carrot cart castle cave cedar cello chain
-chair chalk cheese cherry chest chin circle cliff clock cloth cloud clover coach coal coat cobra
-coin comb comet coral cord cork corn cotton crab crane crow crown cube cup curtain daisy deer desk
-dish dock dome donkey door dove dragon drawer dress drum duck eagle earth easel elbow engine fan
-farm feast feather fence fern ferry fiddle field finch fish flag flame flask fleet flint flute foam
-forest fork fort fox frog garden gate ghost giant glass globe glove goat goose grain grape grass
-gravel guitar gull hammer harbor harp hawk hedge helmet heron hill hinge honey hood hook horn horse
-house igloo ink iris island ivory jacket jar jelly jewel kettle key kite knee knife knot ladder
-lake lamp lantern lark leaf lemon lens lever lily lion lizard llama lock locket log loom lotus
-magnet mango maple marble mask meadow medal melon metal mill mirror mitten moon moose moth mouse
+acorn alley anchor angle apple apron arch atlas axle badge bagel banjo barn basin basket beach
+bead beak beam bear beetle bell belt bench berry bird blade block board boat bolt bone book boot
+bowl branch bread brick bridge brook broom brush bucket bulb bush button cabin cable cactus camel
+canal candle canoe cape card cargo carp carrot cart castle cave cedar cello chain chair chalk
+cheese cherry chest chin circle cliff clock cloth cloud clover coach coat cobra coin comb comet
+coral cord cork corn cotton crab crane crow crown cube cup curtain daisy deer desk dish dock dome
+donkey door dove drawer dress drum duck earth easel elbow engine fan farm feast feather fence fern
+ferry fiddle field finch fish flag flame fleet flute foam forest fox frog garden gate ghost giant
+glass globe glove goat goose grain grape grass gravel guitar gull hammer harbor hawk hedge helmet
+heron hill hinge honey hood hook horn horse house igloo ink iris island ivory jacket jar jelly
+jewel kettle key kite knee knife knot ladder lake lamp lantern lark leaf lemon lens lever lily
+lion lizard llama lock locket log loom lotus magnet mango maple marble mask meadow medal melon
+metal mill mirror mitten moon moose moth mouse nail needle nest net oak oar onion oven owl oyster
+paddle pail palm panda parrot pear pearl pen pencil piano pillow pine pipe plane plate plow pond
+pony pot quill quilt rabbit radio raft rail rain reef ring river road robe
 """.split()
 
 # Values of the look-up task. Disjoint from NOUNS.
@@ -49,7 +51,7 @@ def held_out(question: str) -> bool:
 
 
 def table(keys: list[str], values: list[str]) -> str:
-    return "".join(f"- {key}: {value}\n" for key, value in zip(keys, values, strict=True))
+    return "".join(f"- {key} {value}\n" for key, value in zip(keys, values, strict=True))
 
 
 def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = (4, 40)) -> Example:
@@ -80,7 +82,7 @@ def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = 
         keys, values = rng.sample(NOUNS, n), rng.choices(VALUES, k=n)
         i = rng.randrange(n)
         question = f"{table(keys, values)}What is {keys[i]}?"
-        return Example(task, question, f"{keys[i]}: {values[i]}")
+        return Example(task, question, f"{keys[i]} {values[i]}")
     raise ValueError(f"unknown task {task!r}; known: {', '.join(SHORT_TASKS)}")
 
 

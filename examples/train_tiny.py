@@ -34,7 +34,7 @@ from tiny_tasks import (
     make_training_example,
 )
 
-VOCAB, HIDDEN, FFN, LAYERS, HEADS, CONTEXT = 640, 256, 768, 3, 8, 2048
+VOCAB, HIDDEN, FFN, LAYERS, HEADS, CONTEXT = 672, 256, 768, 3, 8, 2048
 HEAD_DIM = HIDDEN // HEADS
 ROTARY_DIM, THETA, EPS = HEAD_DIM // 2, 25000.0, 1e-5
 RESERVED, SPECIALS = 64, ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|")
@@ -187,7 +187,7 @@ class Data:
         rows = [line[2:] for line in first.question.split("\n")[:-1]]
         for _ in range(questions - 1):
             line = self.rng.choice(rows)
-            follow = Example("lookup", f"What is {line.split(':')[0]}?", line)
+            follow = Example("lookup", f"What is {line.split()[0]}?", line)
             self.turn(follow, ids, targets)
         return ids, targets
 
@@ -197,7 +197,7 @@ class Data:
             rows = [self.row(256, (2, min(40, most_lines))) for _ in range(32)]
         else:
             questions = 12
-            longest = 5 * most_lines + 13 * questions
+            longest = 4 * most_lines + 12 * questions
             count = max(6, 8192 // longest)
             rows = [self.lookup_row((2, most_lines), questions) for _ in range(count)]
         longest = max(len(ids) for ids, _ in rows)
@@ -242,11 +242,19 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     )
 
 
-def table_lines(part: float) -> int:
-    """Longest table at this part of training: looking up is learnt on small ones, then stretched."""
-    shortest, longest, start, end = 4, 205, 0.12, 0.6
-    grown = min(1.0, max(0.0, (part - start) / (end - start)))
-    return round(shortest * (longest / shortest) ** grown)
+class Curriculum:
+    """Looking up is learnt on tables of a few lines and then stretched as long as it holds."""
+
+    shortest, longest, growth, good = 3, 248, 1.1, 0.12
+
+    def __init__(self) -> None:
+        self.lines, self.loss = float(self.shortest), 3.0
+
+    def observe(self, loss: float) -> None:
+        self.loss = 0.9 * self.loss + 0.1 * loss
+        if self.loss < self.good and self.lines < self.longest:
+            self.lines = min(self.longest, self.lines * self.growth)
+            self.loss = 2 * self.good  # ten good batches or so before the next stretch
 
 
 def main() -> None:
@@ -272,10 +280,10 @@ def main() -> None:
     rest = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    began, tokens, shown = time.perf_counter(), 0, 0.0
+    began, tokens, shown, curriculum = time.perf_counter(), 0, 0.0, Curriculum()
     for step in range(args.steps):
         kind = ("short", "lookup")[step % 2]
-        x, rows, y = data.batch(kind, table_lines(step / args.steps))
+        x, rows, y = data.batch(kind, int(curriculum.lines))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -286,10 +294,14 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         tokens += x.numel()
+        if kind == "lookup":
+            curriculum.observe(loss.item())
         shown = loss.item() if step == 0 else 0.98 * shown + 0.02 * loss.item()
         if (step + 1) % args.log_every == 0:
             seconds = time.perf_counter() - began
-            print(f"step {step + 1} loss {shown:.4f} tokens/s {tokens / seconds:.0f}", flush=True)
+            tables = f"tables {curriculum.lines:.0f} loss {curriculum.loss:.3f}"
+            rate = f"tokens/s {tokens / seconds:.0f}"
+            print(f"step {step + 1} loss {shown:.4f} {tables} {rate}", flush=True)
         if (step + 1) % (10 * args.log_every) == 0 or step + 1 == args.steps:
             report = judge(model, data, count=90)
             print(f"step {step + 1} {json.dumps(report)}", flush=True)
@@ -309,7 +321,7 @@ def judge(model: TinyPersimmon, data: Data, count: int) -> dict[str, object]:
     for layer in model.layers:
         layer.zeros = layer.seen = 0
     right = answers_right(model, data, held_out_examples(SHORT_TASKS, count, seed=17))
-    long = held_out_examples(("lookup",), max(10, count // 6), seed=18, lookup_lines=(190, 205))
+    long = held_out_examples(("lookup",), max(10, count // 6), seed=18, lookup_lines=(232, 245))
     right["lookup_1000"] = answers_right(model, data, long)["lookup"]
     accuracy = {task: round(sum(r) / len(r), 3) for task, r in right.items()}
     zeros = [round(layer.zeros / layer.seen, 3) for layer in model.layers]

@@ -286,7 +286,7 @@ def _single_id(value: object) -> int | None:
 
 def _rotary_precision(value: object) -> RotaryPrecision | None:
     if value is None or value == "bf16" or value == "fp32":
-        return value  # type: ignore[return-value]
+        return value
     raise CheckpointError(f"the checkpoint's rotary_precision is {value!r}", hint="bf16 or fp32")
 
 

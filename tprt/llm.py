@@ -212,7 +212,7 @@ class LLM:
         answer = broadcast_json(answer, self.tp)
         if "error" in answer:
             raise TprtError.from_json(answer["error"])
-        return answer["value"]  # type: ignore[no-any-return]
+        return answer["value"]
 
     @property
     def max_request_len(self) -> int:

@@ -49,10 +49,10 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
+        for name in ("stop", "stop_token_ids"):  # JSON and callers bring lists, a lone text, null
+            value: object = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
             if value is None or isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value or ()))
         wrong = [message for message in self._complaints() if message]

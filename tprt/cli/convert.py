@@ -56,12 +56,13 @@ def _specs(config: "PersimmonConfig") -> Any:
     """(rank, size) -> the cut of each parameter, as the model itself makes it."""
     import torch
 
+    from tprt.distributed.sharding import shard_spec
     from tprt.distributed.tp_group import TPGroup
     from tprt.models import get_model_class
 
     def specs(rank: int, size: int) -> "dict[str, ShardSpec]":
         tp = TPGroup(rank, size, torch.device("meta"))
         model = get_model_class(config.model_type)(config, tp, torch.bfloat16)
-        return {name: p.shard_spec for name, p in model.named_parameters()}
+        return {name: shard_spec(p) for name, p in model.named_parameters()}
 
     return specs

@@ -69,6 +69,14 @@ class ShardSpec:
         return sum(blocks) * itemsize
 
 
+def shard_spec(parameter: torch.Tensor) -> ShardSpec:
+    """The spec a parameter was made with."""
+    spec = getattr(parameter, "shard_spec", None)
+    if not isinstance(spec, ShardSpec):
+        raise TypeError("the parameter was made without a shard_spec")
+    return spec
+
+
 def _lengths(slices: Slices, shape: Sequence[int]) -> list[int]:
     return [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from tprt.errors import ConfigError, PeerLost
 
@@ -125,10 +127,10 @@ def _init_default_group() -> None:
     # rank that reads an address of that attempt waits for a peer that is gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store, rank, size = next(iter(dist.rendezvous("env://", timeout=INIT_TIMEOUT)))
+        store, rank, size = next(iter(rendezvous("env://", timeout=INIT_TIMEOUT)))
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore(f"tprt/{attempt}", store),
+            store=PrefixStore(f"tprt/{attempt}", store),
             rank=rank,
             world_size=size,
             timeout=COLLECTIVE_TIMEOUT,

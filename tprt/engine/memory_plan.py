@@ -6,6 +6,7 @@ from math import prod
 import torch
 
 from tprt.config import PersimmonConfig
+from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import TPGroup
 from tprt.models import get_model_class
 
@@ -40,7 +41,7 @@ def whole_parameters(config: PersimmonConfig) -> int:
     """Parameters of the uncut model as it stands on disk."""
     meta = TPGroup(device=torch.device("meta"))
     model = get_model_class(config.model_type)(config, meta, torch.bfloat16)
-    return sum(prod(p.shard_spec.canonical_shape) for p in model.parameters())
+    return sum(prod(shard_spec(p).canonical_shape) for p in model.parameters())
 
 
 def _plan(
@@ -56,6 +57,6 @@ def _plan(
         parameters=parameters,
         weights=parameters * dtype.itemsize,
         tables=tables,
-        read=sum(p.shard_spec.needed_bytes(dtype.itemsize) for p in model.parameters()),
+        read=sum(shard_spec(p).needed_bytes(dtype.itemsize) for p in model.parameters()),
         kv_per_token=sum(spec.bytes_per_token(dtype) for spec in model.cache_spec()),
     )

@@ -32,11 +32,10 @@ def rotary(x_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
         cos, sin: float32 [T, r/2]. Computed in float32, returned in the dtype of ``x_THD``.
     """
     half = cos.shape[-1]
-    a, b, rest = x_THD.split([half, half, x_THD.shape[-1] - 2 * half], dim=-1)
-    a, b = a.float(), b.float()
+    a, b = x_THD[..., :half].float(), x_THD[..., half : 2 * half].float()
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    return torch.cat([turned.to(x_THD.dtype), rest], dim=-1)
+    return torch.cat([turned.to(x_THD.dtype), x_THD[..., 2 * half :]], dim=-1)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

@@ -143,4 +143,4 @@ class PersimmonForCausalLM(nn.Module):
 
     def cache_spec(self) -> list[PagedKVSpec]:
         """What each layer keeps per token."""
-        return [layer.self_attn.attention.cache_spec() for layer in self.model.layers]
+        return [m.cache_spec() for m in self.modules() if isinstance(m, Attention)]
