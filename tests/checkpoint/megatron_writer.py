@@ -139,7 +139,8 @@ def write_release(
                 "rotary_emb_base": 25000, "untie_embeddings": not tied, "sq_relu": True, "bf16": True,
                 "fp16": False, "layernorm_epsilon": 1e-5, "qk_layernorm": qk, "padded_vocab_size": vocab,
                 "make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": tp,
-                "pipeline_model_parallel_size": pp, "params_dtype": torch.bfloat16, "data_path": ["a", "b"],
+                "pipeline_model_parallel_size": pp, "params_dtype": torch.bfloat16,
+                "data_path": ["a", "b"],
                 "model_type": enums["megatron.model.enums"], "vocab_file": None,
                 "backend": enums["tool_use.megatron.megatron_utils"], "rank": stage * tp + rank,
             } | args))  # fmt: skip
