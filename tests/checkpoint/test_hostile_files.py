@@ -12,6 +12,7 @@ import torch
 from hostile import cases, entry, glob, ints, pkl, storage, tensor, text, zipped
 from megatron_writer import random_model, write_release
 
+import tprt
 from tprt.checkpoint import open_checkpoint
 from tprt.checkpoint.torch_file import TorchFile, flatten
 from tprt.errors import CheckpointError
@@ -83,7 +84,11 @@ for path in Path(sys.argv[1]).glob("*.pt"):
 print(refused, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     out = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(Path(tprt.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     assert int(out[0]) == len(ALL)
     assert int(out[1]) < 1 << 20  # KiB
@@ -210,7 +215,7 @@ def test_unreadable_file(release, tmp_path, monkeypatch):
 
 def test_no_library_unpickler_in_the_package():
     """Guards the rule itself: no module of the package names pickle's or torch's own loader."""
-    package = Path(sys.modules["tprt"].__file__).parent
+    package = Path(tprt.__file__).parent
     for path in (package / "checkpoint").glob("*.py"):
         source = path.read_text()
         code = [x for x in source.splitlines() if not x.lstrip().startswith(("#", '"'))]

@@ -296,7 +296,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _folder(dst: str | Path) -> Iterator[Path]:
     """A sibling of ``dst`` to write into; it takes the name ``dst`` when everything is on disk."""
-    dst = Path(dst)
+    dst = Path(dst).resolve()
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise OutputError(
             "the destination is not an empty folder", where=str(dst), hint="another path"
