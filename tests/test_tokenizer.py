@@ -365,7 +365,12 @@ def test_check_vocab(tokenizer):
     pieces = tokenizer.vocab_size
     for rows, multiple in [(pieces, 1), (pieces + 127, 1), (pieces + 1023, 1024)]:
         assert check_vocab(tokenizer, rows, multiple, "model") == pieces
-    for rows, multiple in [(pieces - 1, 1), (pieces + 128, 1), (pieces + 1024, 1024), (262144, 128)]:
+    for rows, multiple in [
+        (pieces - 1, 1),
+        (pieces + 128, 1),
+        (pieces + 1024, 1024),
+        (262144, 128),
+    ]:
         with pytest.raises(TokenizerError, match=rf"{rows} embedding rows") as caught:
             check_vocab(tokenizer, rows, multiple, "iter_0001")
         assert "iter_0001" in str(caught.value) and tokenizer.path.name in str(caught.value)
