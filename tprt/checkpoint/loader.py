@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tprt.checkpoint.reader import EMBEDDING, HEAD, CheckpointReader, listed
-from tprt.distributed.sharding import ShardSpec
+from tprt.distributed.sharding import ShardSpec, shard_spec
 from tprt.errors import CheckpointError
 
 
@@ -40,9 +40,7 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
 
 
 def _spec(parameter: nn.Parameter, name: str) -> ShardSpec:
-    spec = getattr(parameter, "shard_spec", None)
-    if not isinstance(spec, ShardSpec):
-        raise TypeError(f"parameter {name} was made without a shard_spec")
+    spec = shard_spec(parameter)
     assert tuple(parameter.shape) == spec.parameter_shape, name
     return spec
 

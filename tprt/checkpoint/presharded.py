@@ -7,7 +7,6 @@ fields; it does not decide how anything is cut.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -72,10 +71,20 @@ def covers(shape: tuple[int, ...], boxes: list[Slices]) -> bool:
     """Whether distinct ``boxes`` tile ``shape``: none overlaps another, nothing is left out."""
     if sum(prod(s.stop - s.start for s in box) for box in boxes) != prod(shape):
         return False
-    return not any(
-        all(max(x.start, y.start) < min(x.stop, y.stop) for x, y in zip(a, b, strict=True))
-        for a, b in combinations(boxes, 2)
-    )
+    # Sorted by rows, a box can only meet those that start before it ends: there may be hundreds.
+    ordered = sorted((b for b in boxes if all(s.stop > s.start for s in b)), key=_rows)
+    for index, box in enumerate(ordered):
+        for other in ordered[index + 1 :]:
+            if box and other[0].start >= box[0].stop:
+                break
+            pairs = zip(box, other, strict=True)
+            if all(max(x.start, y.start) < min(x.stop, y.stop) for x, y in pairs):
+                return False
+    return True
+
+
+def _rows(box: Slices) -> int:
+    return int(box[0].start) if box else 0
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,9 @@ class PreshardedReader(CheckpointReader):
         asked = normal(slices, self._shapes[name])
         lengths = [s.stop - s.start for s in asked]
         out: torch.Tensor | None = None
-        for block in self._blocks[name].values():
+        blocks = self._blocks[name]
+        exact = blocks.get(_key(asked))  # the same cut as on disk
+        for block in blocks.values() if exact is None else (exact,):
             box, local = block.piece.canonical, block.piece.local
             spans = [overlap(a, b.start, b.stop) for a, b in zip(asked, box, strict=True)]
             if any(stop <= start for start, stop in spans):
@@ -153,7 +164,7 @@ class PreshardedReader(CheckpointReader):
             part = block.file.read(name, tuple(source))
             part = part[0] if extra else part
             if list(part.shape) == lengths:
-                return part  # the same cut as on disk: no second copy
+                return part  # no second copy
             if out is None:
                 out = torch.empty(lengths, dtype=self._dtypes[name])
             place = zip(spans, asked, strict=True)
@@ -221,8 +232,8 @@ class PreshardedReader(CheckpointReader):
             for raw in told["pieces"]:
                 piece = Piece(_slices(raw["canonical"]), _slices(raw["local"]))
                 self._check_piece(name, piece, local_shape)
-                key = tuple((s.start, s.stop) for s in piece.canonical)
-                self._blocks.setdefault(name, {}).setdefault(key, _Block(file, piece))
+                known_blocks = self._blocks.setdefault(name, {})
+                known_blocks.setdefault(_key(piece.canonical), _Block(file, piece))
         self._files.append(file)
         self._digests.append({name: str(told["sha256"]) for name, told in tensors.items()})
 
@@ -257,6 +268,10 @@ class PreshardedReader(CheckpointReader):
         shape = self._shapes[name]
         cut = [d for d, n in enumerate(shape) if any(b[d] != slice(0, n) for b in boxes)]
         return cut[0] if cut else None
+
+
+def _key(slices: Slices) -> tuple[tuple[int, int], ...]:
+    return tuple((s.start, s.stop) for s in slices)
 
 
 def _slices(raw: list[list[int]]) -> Slices:

@@ -273,9 +273,8 @@ def _check_specs(reader: CheckpointReader, ranks: list[dict[str, ShardSpec]]) ->
                 where=str(reader.path),
             )
     for name, shape in shapes.items():
-        boxes: list[Slices] = []
-        for cut in ranks:
-            boxes += [p.canonical for p in cut[name].pieces if p.canonical not in boxes]
+        pieces = [piece.canonical for cut in ranks for piece in cut[name].pieces]
+        boxes = list({str(box): box for box in pieces}.values())  # replicas count once
         if any(cut[name].canonical_shape != shape for cut in ranks) or not covers(shape, boxes):
             raise CheckpointError(
                 f"the specs of {len(ranks)} ranks do not make up the whole of {name} {list(shape)}",
