@@ -77,16 +77,15 @@ def oracle(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("oracle")
     model = make_oracle()
     model.save_pretrained(folder / "hf")
-    config = {
-        "num_layers": 3,
-        "hidden_size": 64,
-        "ffn_hidden_size": 160,
-        "num_attention_heads": 8,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 512,
-    }
     for tp in (1, 2, 4):
-        megatron_writer.write(folder / f"m{tp}", model.state_dict(), config, tp=tp)
+        megatron_writer.write_release(
+            folder / f"m{tp}",
+            model.state_dict(),
+            tp=tp,
+            heads=8,
+            max_position_embeddings=512,
+            seq_length=512,
+        )
     for name in ("hf", "m1", "m2", "m4"):
         shutil.copy(TINY / "adept_vocab.model", folder / name)
     generator = torch.Generator().manual_seed(1)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import BroadcastOptions
 
 from tprt.distributed.tp_group import TPGroup
 
@@ -12,7 +12,7 @@ from tprt.distributed.tp_group import TPGroup
 def all_reduce(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """Sum over ranks, in place, in the dtype of ``x``; every rank gets the same bits."""
     if tp.size > 1:
-        dist.all_reduce(x, group=tp.device_group)
+        tp.device_group.allreduce([x]).wait()
     return x
 
 
@@ -20,15 +20,17 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """[*shape] of each rank -> [size, *shape] on every rank, ordered by rank."""
     if tp.size == 1:
         return x.unsqueeze(0)
-    out = torch.empty((tp.size, *x.shape), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(out, x.contiguous(), group=tp.device_group)
-    return out
+    out = torch.empty(tp.size * x.numel(), dtype=x.dtype, device=x.device)
+    tp.device_group._allgather_base(out, x.flatten()).wait()
+    return out.view(tp.size, *x.shape)
 
 
 def broadcast_ints(values: torch.Tensor, tp: TPGroup) -> torch.Tensor:
-    """Rank 0's int64 host tensor to all ranks, in place; the shape must already agree."""
+    """Rank 0's integer host tensor to all ranks, in place; shape and dtype must already agree."""
     if tp.size > 1:
-        dist.broadcast(values, group=tp.cpu_group, group_src=0)
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        tp.cpu_group.broadcast([values], options).wait()
     return values
 
 
@@ -45,7 +47,7 @@ def broadcast_json(value: Any, tp: TPGroup) -> Any:
     if tp.rank == 0 and data:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if buffer.numel():
-        dist.broadcast(buffer, group=tp.cpu_group, group_src=0)
+        broadcast_ints(buffer, tp)
     return json.loads(buffer.numpy().tobytes())
 
 
@@ -54,13 +56,15 @@ def gather_json(value: Any, tp: TPGroup) -> list[Any]:
     if tp.size == 1:
         return [value]
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(tp.size)]
-    dist.all_gather(lengths, torch.tensor([data.numel()]), group=tp.cpu_group)
-    longest = max(int(n.item()) for n in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8)
+    lengths = _gather_host(torch.tensor([data.numel()]), tp).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
     padded[: data.numel()] = data
-    rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(tp.size)]
-    dist.all_gather(rows, padded, group=tp.cpu_group)
-    return [
-        json.loads(row[: int(n)].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)
-    ]
+    rows = _gather_host(padded, tp).view(tp.size, -1)
+    return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+
+def _gather_host(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
+    """[n] of each rank -> [size * n], on the host."""
+    out = torch.empty(tp.size * x.numel(), dtype=x.dtype)
+    tp.cpu_group._allgather_base(out, x).wait()
+    return out

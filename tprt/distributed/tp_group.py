@@ -6,13 +6,14 @@ model.
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from tprt.errors import ConfigError, PeerLost
@@ -29,22 +30,22 @@ class TPGroup:
         rank: 0 to size - 1, within this group.
         size: number of ranks the model is cut over.
         device: where this rank computes.
-        device_group: collectives on ``device`` tensors (NCCL or gloo); None at size 1 or on paper.
-        cpu_group: collectives on host tensors (gloo); None at size 1 or on paper.
+        device_group: backend for ``device`` tensors (NCCL or gloo); None at size 1 or on paper.
+        cpu_group: backend for host tensors (gloo); None at size 1 or on paper.
         owns_default_group: whether closing must also destroy torch's default group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    device_group: dist.ProcessGroup | None = None
-    cpu_group: dist.ProcessGroup | None = None
+    device_group: Any = None
+    cpu_group: Any = None
     owns_default_group: bool = False
 
     def close(self) -> None:
-        """Destroy the groups made by ``init_tp_group``, and only those. Collective."""
-        for group in {id(g): g for g in (self.device_group, self.cpu_group) if g}.values():
-            dist.destroy_process_group(group)
+        """Shut down what ``init_tp_group`` made, and only that."""
+        if self.device_group is not None and self.device_group is not self.cpu_group:
+            self.device_group.shutdown()
         if self.owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -93,18 +94,25 @@ def init_tp_group(group: Any = None, device: torch.device | None = None) -> TPGr
         raise ConfigError(f"rank {dist.get_rank()} is not in the given group of ranks {ranks}")
     if len(ranks) == 1:
         return TPGroup(device=device, owns_default_group=owns_default)
-    cpu_group = _new_group(ranks, "gloo")
-    device_group = _new_group(ranks, "nccl") if device.type == "cuda" else cpu_group
-    rank = ranks.index(dist.get_rank())
-    return TPGroup(rank, len(ranks), device, device_group, cpu_group, owns_default)
+    rank, size = ranks.index(dist.get_rank()), len(ranks)
+    # Backends of our own, not dist.new_group: that needs every rank of the world to take part, or,
+    # with local synchronisation, names the group by how many groups this rank is in. Ranks of a mesh
+    # may differ in that, and a name used before leads to the addresses of a group that is gone.
+    key = "_".join(map(str, ranks))
+    _made[key] += 1
+    store = PrefixStore(f"tprt/{key}/{_made[key]}", _get_default_store())
+    cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, COLLECTIVE_TIMEOUT)
+    device_group: Any = cpu_group
+    if device.type == "cuda":
+        from torch.distributed.distributed_c10d import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = COLLECTIVE_TIMEOUT
+        device_group = ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
+    return TPGroup(rank, size, device, device_group, cpu_group, owns_default)
 
 
-def _new_group(ranks: list[int], backend: str) -> dist.ProcessGroup:
-    group = dist.new_group(
-        ranks, backend=backend, timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
-    )
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+_made: Counter[str] = Counter()  # groups made so far over the same ranks; members count alike
 
 
 def _ranks_of(group: Any) -> list[int]:
