@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tprt.cli.settings import KEYS, MAX_YAML_BYTES, load_settings, parse_size, read_yaml_value
+from tprt.cli.settings import KEYS, load_settings, parse_size
+from tprt.cli.strict_yaml import MAX_YAML_BYTES, read_yaml_value
 from tprt.config import EngineConfig
 from tprt.errors import ConfigError
 from tprt.sampling_params import SamplingParams

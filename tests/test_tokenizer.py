@@ -8,9 +8,15 @@ import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tprt import tokenizer as tokenizer_module
 from tprt.errors import ConfigError, TokenizerError
-from tprt.tokenizer import Detokenizer, Tokenizer, check_vocab, eos_warnings, render_chat
+from tprt.tokenizer import (
+    Detokenizer,
+    Tokenizer,
+    check_vocab,
+    eos_warnings,
+    render_chat,
+    sentencepiece_model,
+)
 
 SPECIALS = ["|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|"]
 UNUSED = [f"<unused_{i}>" for i in range(20)]
@@ -297,7 +303,7 @@ def test_damaged_files_are_named(tmp_path, folder, monkeypatch):
     with pytest.raises(TokenizerError, match="regular file"):
         Tokenizer(tmp_path)
     path.write_bytes(whole)
-    monkeypatch.setattr(tokenizer_module, "MAX_MODEL_BYTES", len(whole) - 1)
+    monkeypatch.setattr(sentencepiece_model, "MAX_MODEL_BYTES", len(whole) - 1)
     with pytest.raises(TokenizerError, match=f"has {len(whole)} bytes"):
         Tokenizer(path)
 
@@ -306,7 +312,7 @@ def test_cut_between_two_fields(tmp_path, folder):
     """Guards against a cut that sentencepiece itself accepts: pieces whole, specifications gone."""
     whole = (folder / "user_defined.model").read_bytes()
     last = max(
-        end for number, *_, end in tokenizer_module._fields(whole, 0, len(whole)) if number == 1
+        end for number, *_, end in sentencepiece_model.fields(whole, 0, len(whole)) if number == 1
     )
     path = tmp_path / "cut.model"
     path.write_bytes(whole[:last])

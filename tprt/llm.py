@@ -5,7 +5,6 @@ returned on every rank. It changes neither the caller's random state, environmen
 root logger nor stdout. Knows no command line and no HTTP.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ class LLM:
             "model": repr(self.config),
             "layout": reader.layout,
             "rotary_precision": self.rotary_precision,
-            "tokenizer": hashlib.sha256(self.tokenizer.path.read_bytes()).hexdigest(),
+            "tokenizer": self.tokenizer.sha256,
             "engine": repr(self.engine_config),
             "num_valid_ids": self.num_valid_ids,
             "tprt": tprt.__version__,
