@@ -73,7 +73,7 @@ def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = 
         return Example(task, f"Repeat: {' '.join(words)}", " ".join(words))
     if task == "count":
         word, times = rng.choice(NOUNS), rng.randint(1, 5)
-        others = [noun for noun in rng.sample(NOUNS, rng.randint(1, 6)) if noun != word]
+        others = [noun for noun in rng.sample(NOUNS, 9) if noun != word][: 8 - times]
         words = [word] * times + others
         rng.shuffle(words)
         return Example(task, f"Count {word}: {' '.join(words)}", str(times))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tprt import __version__
 from tprt.cli import convert, generate, inspect, plan
-from tprt.errors import EXIT_SIGINT, TprtError
+from tprt.errors import EXIT_OK, EXIT_SIGINT, TprtError
 from tprt.log import setup_cli_logging
 
 EXIT_BUG = 1
@@ -40,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(arguments)
+    args.arguments = arguments
     setup_cli_logging("debug" if args.debug else "info")
     try:
         return int(args.run(args))
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (``tprt inspect ... | head``); closing stdout again at
         # exit would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BUG
+        return EXIT_OK
     except Exception as error:
         kind = type(error).__name__
         _report(

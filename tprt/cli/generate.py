@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
         if ranks > 1:
-            return _launch(settings, ranks)
+            return _launch(settings, ranks, args.arguments)
     elif settings.parallel.tensor not in (None, launched):
         raise ConfigError(
             f"parallel.tensor is {ranks}, but {launched} ranks were started",
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return _run_here(settings, args.show)
 
 
-def _launch(settings: Settings, ranks: int) -> int:
+def _launch(settings: Settings, ranks: int, arguments: list[str]) -> int:
     """Find what is wrong before any rank starts, then start them with the same command line."""
     from tprt.checkpoint import open_checkpoint
     from tprt.cli.launch import launch_local
@@ -77,7 +76,7 @@ def _launch(settings: Settings, ranks: int) -> int:
     reader = open_checkpoint(model.path)
     reader.config.validate_parallel(ranks)
     open_tokenizer(reader, model.tokenizer, model.bos_policy)
-    return launch_local(ranks, sys.argv[1:])
+    return launch_local(ranks, arguments)
 
 
 def _run_here(settings: Settings, show: bool) -> int:

@@ -1,18 +1,35 @@
 """The collectives the project uses. Each is the identity at size 1. Knows tensors and groups only."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import BroadcastOptions
 
 from tprt.distributed.tp_group import TPGroup
+from tprt.errors import PeerLost
+
+
+def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
+    """Start a collective and wait for it; a peer that is gone is a ``PeerLost``.
+
+    On a GPU the wait is the stream's, not the host's.
+    """
+    try:
+        start().wait()
+    except RuntimeError as error:
+        raise PeerLost(
+            f"a collective failed: {str(error).splitlines()[0]}",
+            where=f"rank {tp.rank} of {tp.size}",
+            hint="another rank has died or is stuck; look for its own message",
+        ) from error
 
 
 def all_reduce(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """Sum over ranks, in place, in the dtype of ``x``; every rank gets the same bits."""
     if tp.size > 1:
-        tp.device_group.allreduce([x]).wait()
+        _wait(lambda: tp.device_group.allreduce([x]), tp)
     return x
 
 
@@ -21,7 +38,7 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     if tp.size == 1:
         return x.unsqueeze(0)
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype, device=x.device)
-    tp.device_group._allgather_base(out, x.flatten()).wait()
+    _wait(lambda: tp.device_group._allgather_base(out, x.flatten()), tp)
     return out.view(tp.size, *x.shape)
 
 
@@ -30,7 +47,7 @@ def broadcast_ints(values: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     if tp.size > 1:
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        tp.cpu_group.broadcast([values], options).wait()
+        _wait(lambda: tp.cpu_group.broadcast([values], options), tp)
     return values
 
 
@@ -66,5 +83,5 @@ def gather_json(value: Any, tp: TPGroup) -> list[Any]:
 def _gather_host(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """[n] of each rank -> [size * n], on the host."""
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype)
-    tp.cpu_group._allgather_base(out, x).wait()
+    _wait(lambda: tp.cpu_group._allgather_base(out, x), tp)
     return out

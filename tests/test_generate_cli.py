@@ -1,0 +1,152 @@
+"""``tprt generate`` from end to end: three launch forms, one result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+
+from tprt.cli import main
+
+PROMPTS = ROOT / "examples" / "prompts.jsonl"
+
+
+def command(out: Path, *extra: str, model: Path = TINY, prompts: Path = PROMPTS) -> list[str]:
+    flags = ["--model", str(model), "--input", str(prompts), "--output", str(out)]
+    return ["generate", *flags, "--dtype", "float32", "--max-tokens", "24", *extra]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def launch(*argv: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, timeout=200, cwd=ROOT, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_three_launch_forms_give_one_result(tmp_path):
+    """Alone, --nproc 2 and torchrun with 4 ranks; sampled, so seeds and noise take part too."""
+    sampled = ("--temperature", "0.8", "--top-p", "0.95", "--seed", "3")
+    assert main(command(tmp_path / "alone", *sampled)) == 0
+    launch("-m", "tprt", *command(tmp_path / "nproc", *sampled), "--nproc", "2", "--show")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4")
+    launch(*torchrun, "-m", "tprt", *command(tmp_path / "torchrun", *sampled))
+    alone = (tmp_path / "alone").read_bytes()
+    assert alone == (tmp_path / "nproc").read_bytes() == (tmp_path / "torchrun").read_bytes()
+    ids = [json.loads(line)["id"] for line in PROMPTS.read_text().splitlines()]
+    assert [line["id"] for line in lines(tmp_path / "alone")] == ids
+
+
+def test_another_seed_gives_another_text(tmp_path):
+    """Negative control of the test above: the seed matters."""
+    hot = ("--temperature", "3.0", "--set", "sampling.ignore_eos=true")
+    main(command(tmp_path / "a", *hot, "--seed", "1"))
+    main(command(tmp_path / "b", *hot, "--seed", "2"))
+    main(command(tmp_path / "c", *hot, "--seed", "1"))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "b").read_bytes()
+
+
+def test_bad_records_get_errors_and_code_4(tmp_path, capsys):
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text(
+        '{"id": "good", "prompt": "human: What is 1 + 1?\\n\\nadept:"}\n'
+        "{not json\n"
+        '{"id": "long", "prompt": "' + "lamp " * 3000 + '"}\n'
+        '{"id": "empty", "prompt": ""}\n'
+        '{"id": "ids", "prompt_token_ids": [5, 99999]}\n'
+        '{"id": "roles", "messages": [{"role": "system", "content": "x"}]}\n'
+        '{"id": "surrogate", "prompt": "\\ud800"}\n'
+    )
+    out = tmp_path / "out.jsonl"
+    out.write_text("before\n")
+    assert main(command(out, prompts=prompts)) == 4
+    good, *bad = lines(out)
+    assert good["error"] is None and good["outputs"][0]["finish_reason"] in ("stop", "length")
+    assert good["prompt_tokens"] > 5 and good["outputs"][0]["tokens"] >= 1
+    assert [b["id"] for b in bad] == ["2", "long", "empty", "ids", "roles", "surrogate"]
+    assert all(b["error"]["message"] and b["outputs"] == [] for b in bad)
+    assert "2048" in bad[1]["error"]["message"]
+    assert "6 failed" in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_empty_input(tmp_path):
+    (tmp_path / "in").write_text("\n\n")
+    assert main(command(tmp_path / "out", prompts=tmp_path / "in")) == 0
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_openai_lines(tmp_path):
+    body = {"messages": [{"role": "user", "content": "Repeat 2 times: lamp"}], "max_tokens": 8}
+    line = {"custom_id": "z", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "in").write_text(json.dumps(line) + "\n")
+    assert main(command(tmp_path / "out", "--temperature", "0", prompts=tmp_path / "in")) == 0
+    (answer,) = lines(tmp_path / "out")
+    assert answer["custom_id"] == "z"
+    assert answer["response"]["body"]["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("form", ["megatron", "hf", "presharded"])
+def test_converted_checkpoints_answer_alike(tmp_path, form, capsys):
+    """The rotary precision and the tokenizer travel with the file."""
+    target = tmp_path / form
+    tp = "1" if form == "hf" else "4"
+    assert main(["convert", str(TINY), str(target), "--format", form, "--tp", tp]) == 0
+    assert main(command(tmp_path / "a", "--temperature", "0")) == 0
+    assert main(command(tmp_path / "b", "--temperature", "0", model=target)) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_vocabulary_that_needs_padding(tmp_path):
+    """673 rows are no even cut over 4 ranks: equal parts in memory, padding that is never read."""
+    from tprt.config import PersimmonConfig
+    from tprt.engine.memory_plan import plan_ranks
+
+    config = PersimmonConfig(
+        vocab_size=673,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    import torch
+
+    ranks = plan_ranks(config, 4, torch.float32)
+    assert len({r.weights for r in ranks}) == 1
+    assert sum(r.read for r in ranks) < sum(r.weights for r in ranks)
+
+
+def test_inspect_and_plan_in_json(capsys):
+    assert main(["inspect", str(TINY), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["layout"], found["tp_on_disk"], found["rotary_precision"]) == ("megatron", 2, "fp32")
+    assert found["tokenizer"]["unused_ids"] == 64 and found["warnings"] == []
+    one, eight = found["bytes_per_rank"]["1"][0], max(found["bytes_per_rank"]["8"])
+    assert one / 8 < eight < one / 7
+    assert main(["plan", "--model", str(TINY), "--tp", "2", "--json", "--dtype", "fp32"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["kv_bytes_per_token"] == 2 * 3 * 256 * 4
+    assert plan["parameters"] == found["parameters"]
+
+
+def test_plan_of_the_8b_model(capsys):
+    """The sizes in the reference: 9,397,175,296 parameters, 576 KiB of KV per token."""
+    argv = ["plan", "--model", str(ROOT / "configs" / "persimmon-8b.json"), "--tp", "4", "--json"]
+    assert main(argv) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["parameters"] == 9_397_175_296
+    assert plan["kv_bytes_per_token"] == 589_824
+    assert plan["tp_sizes"] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(abs(rank["weights"] / 2**30 - 4.38) < 0.01 for rank in plan["per_rank"])
+    assert main([*argv, "--memory", "4"]) == 8
