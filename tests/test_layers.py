@@ -65,7 +65,9 @@ def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size):
         embedding = fill(VocabParallelEmbedding(10, 6, tp, F32), {"weight": table})
         local = ids - tp.rank * embedding.part
         mine = (local >= 0) & (local < embedding.part)
-        rows = rows + F.embedding(local.clamp(0, embedding.part - 1), embedding.weight) * mine[:, None]
+        rows = (
+            rows + F.embedding(local.clamp(0, embedding.part - 1), embedding.weight) * mine[:, None]
+        )
         head = fill(ParallelLMHead(10, 6, tp, F32), {"weight": table})
         logits.append(head(x))
     assert torch.equal(rows, table)

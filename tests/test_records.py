@@ -17,7 +17,9 @@ DEFAULTS = SamplingParams(temperature=0.0, max_tokens=8)
 
 def read(*lines: str | bytes | dict):
     raw = [
-        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        line
+        if isinstance(line, bytes)
+        else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
     return list(read_records((r + b"\n" for r in raw), DEFAULTS, job_seed=1))

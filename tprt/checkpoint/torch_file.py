@@ -174,6 +174,12 @@ class TorchFile:
 
     def _check_members(self, infos: list[zipfile.ZipInfo]) -> dict[str, tuple[int, int, int]]:
         """Name to (start, length, CRC-32) of each member, after all checks on names and places."""
+        # Before the other checks: its members are compressed too, and that is not what is wrong.
+        if any(i.filename.split("/")[1:2] in (["constants.pkl"], ["code"]) for i in infos):
+            raise self._error(
+                "found a TorchScript archive, which is a program",
+                "save the state dict of the module with torch.save",
+            )
         members: dict[str, tuple[int, int, int]] = {}
         ends = 0
         for info in sorted(infos, key=lambda i: i.header_offset):
@@ -224,13 +230,7 @@ class TorchFile:
         return start + name_length + extra
 
     def _pickle_member(self) -> tuple[str, int, int]:
-        names = list(self._members)
-        top = names[0].split("/")[0]
-        if f"{top}/constants.pkl" in names or any(n.startswith(f"{top}/code/") for n in names):
-            raise self._error(
-                "found a TorchScript archive, which is a program",
-                "save the state dict of the module with torch.save",
-            )
+        top = next(iter(self._members)).split("/")[0]
         name = f"{top}/data.pkl"
         if name not in self._members:
             raise self._error(f"the zip file has no '{shown(name)}'", "a file of torch.save")

@@ -108,7 +108,7 @@ def _text(result: dict[str, Any]) -> str:
     for tensor in result["tensors"]:
         where = f"dim {tensor['cut_dim']} over" if tensor["cut_dim"] is not None else "whole in"
         lines.append(
-            f"  {tensor['name']:<52} {str(list(tensor['shape'])):<16} {tensor['dtype']:<9} "
+            f"  {tensor['name']:<52} {list(tensor['shape'])!s:<16} {tensor['dtype']:<9} "
             f"{where} {tensor['files']} file(s)"
         )
     return "\n".join(lines + [f"  warning: {warning}" for warning in result["warnings"]])

@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from tprt.errors import ConfigError, PeerLost
 
+CPU = torch.device("cpu")
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 INIT_TIMEOUT = timedelta(seconds=120)
 
@@ -37,7 +38,7 @@ class TPGroup:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     device_group: Any = None
     cpu_group: Any = None
     owns_default_group: bool = False
