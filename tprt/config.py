@@ -12,6 +12,17 @@ from tprt.errors import CheckpointError, ConfigError
 
 RotaryPrecision = Literal["bf16", "fp32"]
 QKLayerNorm = Literal["none", "per_layer", "per_head"]
+# Megatron's spelling of args.qk_layernorm. Per rank, the one row of a rank stands for all its heads.
+QK_PER_LAYER = "weights_per_layer"
+QK_PER_RANK = "weights_per_tensor_parallel_rank_and_layer"
+QK_PER_HEAD = "weights_per_attention_head_and_layer"
+_QK_MODES: dict[object, QKLayerNorm] = {
+    None: "per_layer",
+    "none": "none",
+    QK_PER_LAYER: "per_layer",
+    QK_PER_RANK: "per_head",
+    QK_PER_HEAD: "per_head",
+}
 DTYPES = ("bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
@@ -164,16 +175,9 @@ class PersimmonConfig:
                 raise CheckpointError(f"args.{name} is {found!r}; Persimmon has {value!r}")
         hidden, heads = _need(args, "hidden_size"), _need(args, "num_attention_heads")
         head_dim = args.get("kv_channels") or (hidden // heads if heads else 0)
-        qk_modes: dict[Any, QKLayerNorm] = {
-            None: "per_layer",
-            "none": "none",
-            "weights_per_layer": "per_layer",
-            "weights_per_tensor_parallel_rank_and_layer": "per_head",
-            "weights_per_attention_head_and_layer": "per_head",
-        }
         mode = args.get("qk_layernorm")
-        if mode not in qk_modes:
-            known = ", ".join(str(m) for m in qk_modes if m)
+        if mode not in _QK_MODES:
+            known = ", ".join(str(m) for m in _QK_MODES if m)
             raise CheckpointError(f"args.qk_layernorm is {mode!r}", hint=f"known are {known}")
         tp = args.get("tensor_model_parallel_size") or 1
         ffn = args.get("ffn_hidden_size") or 4 * hidden
@@ -189,7 +193,7 @@ class PersimmonConfig:
             layer_norm_eps=float(args.get("layernorm_epsilon") or 1e-5),
             rope_theta=float(args.get("rotary_emb_base") or 25000.0),
             partial_rotary_factor=float(args.get("rotary_pct") or 0.5),
-            qk_layernorm=qk_modes[mode],
+            qk_layernorm=_QK_MODES[mode],
             tie_word_embeddings=not args.get("untie_embeddings", True),
             rotary_precision=_rotary_precision(args.get("rotary_precision")),
             vocab_padding_multiple=(args.get("make_vocab_size_divisible_by") or 128) * tp,
@@ -199,8 +203,8 @@ class PersimmonConfig:
         """The fields of ``args`` that readers of Adept's layout look at."""
         mode = {
             "none": "none",
-            "per_layer": "weights_per_layer",
-            "per_head": "weights_per_attention_head_and_layer",
+            "per_layer": QK_PER_LAYER,
+            "per_head": QK_PER_HEAD,
         }[self.qk_layernorm]
         args: dict[str, Any] = {
             "num_layers": self.num_hidden_layers,
@@ -270,6 +274,11 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization is {share!r}, allowed are above 0 to 1")
+
+
+def default_rotary_precision(layout: str) -> RotaryPrecision:
+    """What a layout's own code computes where a checkpoint does not say: Megatron rotates in bf16."""
+    return "bf16" if layout == "megatron" else "fp32"
 
 
 def _need(raw: dict[str, Any], name: str) -> Any:

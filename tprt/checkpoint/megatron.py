@@ -36,11 +36,9 @@ from tprt.checkpoint.reader import (
 )
 from tprt.checkpoint.stand_ins import StoredTensor
 from tprt.checkpoint.torch_file import TorchFile, flatten, integer_view
+from tprt.config import QK_PER_HEAD, QK_PER_RANK
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
-
-PER_RANK = "weights_per_tensor_parallel_rank_and_layer"
-PER_HEAD = "weights_per_attention_head_and_layer"
 
 _ENCODER = "language_model.encoder"
 # Hugging Face's name, Megatron's name, dimension cut over tensor-parallel ranks (None: replicated)
@@ -211,7 +209,7 @@ class MegatronReader(CheckpointReader):
         """Shape of a tensor in one rank file; per-head norms are one entry per head there."""
         shape = canonical_shapes(self.config)[name]
         _, dim = megatron_name(name)
-        if is_qk_norm(name) and mode in (PER_RANK, PER_HEAD):
+        if is_qk_norm(name) and mode in (QK_PER_RANK, QK_PER_HEAD):
             return (self.config.head_dim,)
         if dim is None:
             return shape
@@ -241,7 +239,7 @@ class MegatronReader(CheckpointReader):
             if key not in local:
                 local[key] = self._local_shape(name, mode)
             theirs, _ = megatron_name(name)
-            if is_qk_norm(name) and mode == PER_HEAD:
+            if is_qk_norm(name) and mode == QK_PER_HEAD:
                 for head in range(local_heads):
                     wanted[head_norm_name(theirs, head)] = local[key]
             else:
@@ -269,7 +267,7 @@ class MegatronReader(CheckpointReader):
         mode: object,
     ) -> _Entry:
         theirs, dim = megatron_name(name)
-        if is_qk_norm(name) and mode in (PER_RANK, PER_HEAD):
+        if is_qk_norm(name) and mode in (QK_PER_RANK, QK_PER_HEAD):
             return _Entry(shape, 0, tuple(self._norm_blocks(theirs, ranks, mode)))
         if dim is None:
             return _Entry(shape, None, (_Block(*ranks[0][theirs], 0),))
@@ -286,7 +284,7 @@ class MegatronReader(CheckpointReader):
         """Both modes are shown as [heads, head_dim]; a rank's one row stands for all its heads."""
         heads = self.config.num_attention_heads // self.disk_tp
         for index, rank in enumerate(ranks):
-            if mode == PER_RANK:
+            if mode == QK_PER_RANK:
                 file, tensor = rank[theirs]
                 rows = replace(tensor, shape=(heads, *tensor.shape), stride=(0, *tensor.stride))
                 yield _Block(file, rows, index * heads)

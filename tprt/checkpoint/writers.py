@@ -42,7 +42,7 @@ from tprt.checkpoint.reader import (
     listed,
 )
 from tprt.checkpoint.safetensors_file import SafetensorsWriter, raw_bytes, total_bytes
-from tprt.config import PersimmonConfig
+from tprt.config import PersimmonConfig, default_rotary_precision
 from tprt.distributed.sharding import ShardSpec, Slices
 from tprt.errors import CheckpointError, OutputError
 
@@ -249,9 +249,7 @@ def _rng_state() -> dict[str, Any]:
 
 def _settled(reader: CheckpointReader) -> PersimmonConfig:
     """The config with the rotary precision said aloud, so that it survives a change of layout."""
-    meant = reader.config.rotary_precision
-    if meant is None:
-        meant = "bf16" if reader.layout == "megatron" else "fp32"
+    meant = reader.config.rotary_precision or default_rotary_precision(reader.layout)
     return replace(reader.config, rotary_precision=meant)
 
 
