@@ -26,7 +26,8 @@ ensure_venv() {
   for stamp in ".venv/.tprt-$extra" .venv/.tprt-dev; do
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && return 0
   done
-  [ -x .venv/bin/python ] || "$python_bin" -m venv .venv
+  # A first run without the system's venv package leaves a python without pip behind.
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python_bin" -m venv --clear .venv
   echo "installing $target into .venv ..." >&2
   # PIP_CONSTRAINT also pins what pip fetches to build the package itself.
   PIP_CONSTRAINT=$PWD/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \

@@ -28,8 +28,3 @@ class ForwardBatch:
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     logits_rows: torch.Tensor
-
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence brings exactly one token."""
-        return len(self.query_lens) == self.input_ids.shape[0]

@@ -87,4 +87,19 @@ class OutOfMemoryPlan(TprtError):
     exit_code = 8
 
 
+def out_of_memory(error: BaseException) -> OutOfMemoryPlan | None:
+    """The error to show when an allocation failed in Python, on the host or on a GPU; else None.
+
+    Looks at names and texts, so that this file needs no torch.
+    """
+    text = str(error)
+    host = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in text
+    if not (host or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"):
+        return None
+    return OutOfMemoryPlan(
+        f"out of memory: {text.splitlines()[0][:200] if text else type(error).__name__}",
+        hint="more ranks, a smaller engine.kv_cache_memory, max_num_seqs or max_num_batched_tokens",
+    )
+
+
 EXIT_OK, EXIT_FAILED_RECORDS, EXIT_SIGINT, EXIT_SIGTERM = 0, 4, 130, 143

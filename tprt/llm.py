@@ -15,7 +15,7 @@ import torch
 
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
-from tprt.config import EngineConfig, RotaryPrecision
+from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
 from tprt.distributed.communication import broadcast_json, gather_json
 from tprt.distributed.tp_group import init_tp_group, launched_size
 from tprt.engine.llm_engine import LLMEngine, Progress
@@ -29,6 +29,7 @@ from tprt.errors import (
     RankMismatch,
     TokenizerError,
     TprtError,
+    out_of_memory,
 )
 from tprt.log import get_logger
 from tprt.models import get_model_class
@@ -75,7 +76,7 @@ class LLM:
         verify: Literal["sizes", "full"] = "sizes",
         bos_policy: Literal["none", "bos"] = "none",
         group: Any = None,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         **engine: Any,
     ) -> None:
         began = time.perf_counter()
@@ -92,7 +93,9 @@ class LLM:
         )
         if group is None:
             self.config.validate_parallel(launched_size())
-        self.max_model_len = self._resolve_max_model_len()
+        self.max_model_len = self.engine_config.resolve_max_model_len(
+            self.config.max_position_embeddings
+        )
 
         self.tp = init_tp_group(group, device)
         try:
@@ -119,34 +122,39 @@ class LLM:
             time.perf_counter() - began,
         )
 
-    def _resolve_max_model_len(self) -> int:
-        asked, limit = self.engine_config.max_model_len, self.config.max_position_embeddings
-        if asked is not None and asked > limit:
-            raise ConfigError(
-                f"max_model_len is {asked}; the model has positions for {limit}",
-                hint=f"a value up to {limit}",
-            )
-        return asked or limit
-
     def _build(self, reader: CheckpointReader) -> None:
-        dtype = getattr(torch, self.engine_config.dtype)
-        model = get_model_class(self.config.model_type)(
-            self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
-        ).eval()
-        self._together(lambda: load_weights(model, reader))
-        block_size = self.engine_config.block_size
+        dtype, block_size = getattr(torch, self.engine_config.dtype), self.engine_config.block_size
+
+        def load() -> Any:
+            model = get_model_class(self.config.model_type)(
+                self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
+            ).eval()
+            load_weights(model, reader)
+            return model
+
+        model = self._together(load)
         bytes_per_token = sum(spec.bytes_per_token(dtype) for spec in model.cache_spec())
         num_blocks = self._agree_on_blocks(bytes_per_token * block_size)
-        runner = ModelRunner(
-            model,
-            self.tp,
-            dtype,
-            num_blocks,
-            block_size,
-            self.num_valid_ids,
-            self.tokenizer.eod_id,
+        runner = self._together(
+            lambda: ModelRunner(
+                model,
+                self.tp,
+                dtype,
+                num_blocks,
+                block_size,
+                self.num_valid_ids,
+                self.tokenizer.eod_id,
+            )
         )
-        self._engine = LLMEngine(runner, self.tokenizer, self.engine_config, num_blocks, self.tp)
+        self._running: LLMEngine | None = LLMEngine(
+            runner, self.tokenizer, self.engine_config, num_blocks, self.tp
+        )
+
+    @property
+    def _engine(self) -> LLMEngine:
+        if self._running is None:
+            raise ConfigError("this LLM is closed", hint="make another one")
+        return self._running
 
     def _agree_on_blocks(self, bytes_per_block: int) -> int:
         """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
@@ -188,29 +196,23 @@ class LLM:
                         hint="start every rank with the same model and settings",
                     )
 
-    def _together(self, work: Callable[[], None]) -> None:
-        """``work()`` on every rank; if one fails, all raise the error of the first that did."""
-        mine: list[str] | None = None
-        try:
-            work()
-        except TprtError as error:
-            error.where = f"rank {self.tp.rank}, {error.where}" if self.tp.size > 1 else error.where
-            mine = error.to_json()
-        for failed in gather_json(mine, self.tp):
+    def _together(self, work: Callable[[], T]) -> T:
+        """``work()`` on every rank; if it fails anywhere, all raise the error of the first rank."""
+        value, error = _attempt(work)
+        if error is not None and self.tp.size > 1:
+            error.where = f"rank {self.tp.rank}, {error.where}"
+        for failed in gather_json(error and error.to_json(), self.tp):
             if failed is not None:
-                raise TprtError.from_json(failed)
+                raise TprtError.from_json(failed) from error
+        assert value is not None
+        return value
 
     def _from_rank0(self, make: Callable[[], T]) -> T:
         """``make()`` of rank 0 on every rank; an error of rank 0 is raised on every rank."""
-        answer: dict[str, Any] = {}
-        if self.tp.rank == 0:
-            try:
-                answer = {"value": make()}
-            except TprtError as error:
-                answer = {"error": error.to_json()}
-        answer = broadcast_json(answer, self.tp)
-        if "error" in answer:
-            raise TprtError.from_json(answer["error"])
+        value, error = _attempt(make) if self.tp.rank == 0 else (None, None)
+        answer = broadcast_json({"value": value, "error": error and error.to_json()}, self.tp)
+        if answer["error"] is not None:
+            raise TprtError.from_json(answer["error"]) from error
         return answer["value"]
 
     @property
@@ -259,17 +261,23 @@ class LLM:
             if kind == "prompt_token_ids":
                 return self._check_ids(value)
         raise ConfigError(
-            f"a prompt must be a text or a mapping with prompt, prompt_token_ids or messages, "
-            f"not {str(prompt)[:80]!r}"
+            f"a prompt must be a text or a mapping, not {str(prompt)[:80]!r}",
+            hint='a text, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}',
         )
 
     def _check_ids(self, ids: Any) -> list[int]:
-        rows = self.config.vocab_size
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
-            raise ConfigError(f"token ids must be a list of whole numbers, not {str(ids)[:80]!r}")
-        wrong = [i for i in ids if not 0 <= i < rows]
+            raise ConfigError(
+                f"token ids must be a list of whole numbers, not {str(ids)[:80]!r}",
+                hint="for example [5, 6, 7]",
+            )
+        wrong = [i for i in ids if not 0 <= i < self.num_valid_ids]
         if wrong:
-            raise ConfigError(f"token id {wrong[0]} is outside the vocabulary of {rows}")
+            raise ConfigError(
+                f"token id {wrong[0]} is outside the vocabulary of {self.num_valid_ids}",
+                hint="ids of this model's own tokenizer",
+            )
         return list(ids)
 
     def generate(
@@ -313,10 +321,11 @@ class LLM:
         """
 
         def make() -> list[int]:
-            ids = self._check_ids(list(token_ids or []))
+            ids = self._check_ids(token_ids)
             if not 1 <= len(ids) <= self.max_request_len:
                 raise ConfigError(
-                    f"logits of {len(ids)} tokens asked, allowed are 1 to {self.max_request_len}"
+                    f"logits of {len(ids)} tokens asked, allowed are 1 to {self.max_request_len}",
+                    hint="a shorter text, or a larger max_model_len or kv_cache_memory",
                 )
             return ids
 
@@ -324,8 +333,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and cache, and the process groups made for it. Safe to call twice."""
-        if hasattr(self, "_engine"):
-            del self._engine
+        if self._running is not None:
+            self._running = None
             self.tp.close()
             if self.tp.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -342,6 +351,18 @@ class LLM:
         self.close()
 
 
+def _attempt(work: Callable[[], T]) -> tuple[T | None, TprtError | None]:
+    """The value or the error of ``work``, so that peers that wait can be told before it is raised."""
+    try:
+        return work(), None
+    except TprtError as error:
+        return None, error
+    except Exception as error:
+        told = out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
+        told.__cause__ = error
+        return None, told
+
+
 def _engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
     try:
         return EngineConfig(dtype=dtype, **engine)
@@ -354,14 +375,26 @@ def _pair(
     prompts: Prompt | Sequence[Prompt] | None,
     params: SamplingParams | Sequence[SamplingParams] | None,
 ) -> list[tuple[Prompt, SamplingParams]]:
-    if prompts is None:
-        raise ConfigError("rank 0 was given no prompts")
-    listed = [prompts] if isinstance(prompts, str | dict) else list(prompts)
+    if isinstance(prompts, str | dict):
+        prompts = [prompts]
+    if not isinstance(prompts, list | tuple):
+        raise ConfigError(
+            f"rank 0 was given {type(prompts).__name__} for prompts", hint="one prompt, or a list"
+        )
     if params is None or isinstance(params, SamplingParams):
-        return [(prompt, params or SamplingParams()) for prompt in listed]
-    if len(params) != len(listed):
-        raise ConfigError(f"{len(params)} sampling parameters for {len(listed)} prompts")
-    return list(zip(listed, params, strict=True))
+        return [(prompt, params or SamplingParams()) for prompt in prompts]
+    if not isinstance(params, list | tuple) or not all(
+        isinstance(p, SamplingParams) for p in params
+    ):
+        raise ConfigError(
+            f"sampling_params must be SamplingParams, not {str(params)[:80]!r}",
+            hint="SamplingParams(temperature=0.0), or one for each prompt",
+        )
+    if len(params) != len(prompts):
+        raise ConfigError(
+            f"{len(params)} sampling parameters for {len(prompts)} prompts", hint="as many of each"
+        )
+    return list(zip(prompts, params, strict=True))
 
 
 def resolve_rotary_precision(
@@ -372,7 +405,7 @@ def resolve_rotary_precision(
         raise ConfigError(f"rotary_precision is {asked!r}", hint="auto, bf16 or fp32")
     if asked != "auto":
         return asked
-    return reader.config.rotary_precision or ("bf16" if reader.layout == "megatron" else "fp32")
+    return reader.config.rotary_precision or default_rotary_precision(reader.layout)
 
 
 def open_tokenizer(

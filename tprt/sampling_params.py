@@ -6,6 +6,7 @@ from typing import Any
 
 from tprt.errors import ConfigError
 
+MIN_TEMPERATURE = 1e-5  # below it the division by it leaves float32's range: greedy
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_SEED = 2**63 - 1
@@ -19,7 +20,7 @@ class SamplingParams:
         n: completions per prompt, each with noise of its own.
         max_tokens: most tokens to generate; None means up to the model's length.
         min_tokens: no end-of-text, stop id or stop string counts before this many tokens.
-        temperature: 0 is greedy; else logits are divided by it.
+        temperature: 0 (or below 1e-5) is greedy; else logits are divided by it.
         top_p: keep the smallest set of ids whose probability reaches this (0 < top_p <= 1).
         top_k: keep the k likeliest ids; 0 or -1 keeps all.
         min_p: drop ids less likely than min_p times the likeliest.
@@ -82,7 +83,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def truncates(self) -> bool:
@@ -105,15 +106,20 @@ class SamplingParams:
 def _integer(name: str, value: object, low: int, high: int) -> str:
     if isinstance(value, bool) or not isinstance(value, int):
         return f"{name} must be a whole number, not {value!r}"
-    return "" if low <= value <= high else f"{name} is {value}, allowed are {low} to {high}"
+    return (
+        "" if low <= value <= high else f"{name} is {str(value)[:40]}, allowed are {low} to {high}"
+    )
 
 
 def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"{name} must be a number, not {str(value)[:80]!r}"
+    if isinstance(value, float) and not math.isfinite(value):
         return f"{name} must be a finite number, not {value!r}"
     if low <= value <= high and not (open_low and value == low):
         return ""
-    return f"{name} is {value}, allowed are {'above ' if open_low else ''}{low} to {high}"
+    shown = str(value)[:40]
+    return f"{name} is {shown}, allowed are {'above ' if open_low else ''}{low} to {high}"
 
 
 def _strings(name: str, value: object) -> str:

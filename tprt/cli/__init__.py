@@ -4,15 +4,18 @@ Nothing heavy is imported until a subcommand runs, so that ``--help`` answers at
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tprt import __version__
 from tprt.cli import convert, generate, inspect, plan
-from tprt.errors import EXIT_OK, EXIT_SIGINT, TprtError
+from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
 from tprt.log import setup_cli_logging
 
 EXIT_BUG = 1
@@ -45,10 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.arguments = arguments
     setup_cli_logging("debug" if args.debug else "info")
     try:
-        return int(args.run(args))
+        with _signals_as_exceptions():
+            return int(args.run(args))
     except TprtError as error:
         _report(f"tprt: error: {error}", args.debug)
         return error.exit_code
+    except _Terminated as signal_:
+        _report(f"tprt: ended by {signal_}", args.debug)
+        return EXIT_SIGTERM
     except KeyboardInterrupt:
         _report("tprt: interrupted", args.debug)
         return EXIT_SIGINT
@@ -58,12 +65,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception as error:
+        told = out_of_memory(error)
+        if told is not None:
+            _report(f"tprt: error: {told}", args.debug)
+            return told.exit_code
         kind = type(error).__name__
         _report(
             f"tprt: bug: {kind}: {error}\n  try:   --debug shows the traceback; please report it",
             args.debug,
         )
         return EXIT_BUG
+
+
+class _Terminated(BaseException):
+    """SIGTERM or SIGUSR1 arrived; raised where the program is, so that temporary files go away."""
+
+
+@contextlib.contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    def raise_it(number: int, _: object) -> None:
+        raise _Terminated(signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, raise_it) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(message: str, debug: bool) -> None:

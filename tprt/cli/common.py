@@ -13,6 +13,7 @@ FLAGS = {
     "rotary_precision": "model.rotary_precision",
     "verify": "model.verify",
     "bos_policy": "model.bos_policy",
+    "device": "model.device",
     "tp": "parallel.tensor",
     "nproc": "parallel.tensor",
     "input": "job.input",
@@ -36,19 +37,25 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH", help="checkpoint folder or hub id")
-    parser.add_argument("--tokenizer", metavar="FILE", help="sentencepiece model, if elsewhere")
-    parser.add_argument("--dtype", metavar="DTYPE", help="bfloat16 (default), float32 or float16")
-    parser.add_argument(
-        "--rotary-precision",
-        metavar="PRECISION",
-        help="bf16 as Adept, fp32 as Hugging Face, auto (default) as the checkpoint says",
-    )
-    parser.add_argument(
-        "--verify", metavar="HOW", help="sizes (default) or full: checksums of all weights"
-    )
-    parser.add_argument("--bos-policy", metavar="POLICY", help="none (default) or bos")
+MODEL_FLAGS = {
+    "model": ("PATH", "checkpoint folder or hub id"),
+    "tokenizer": ("FILE", "sentencepiece model, if elsewhere"),
+    "dtype": ("DTYPE", "bfloat16 (default), float32 or float16"),
+    "rotary-precision": (
+        "PRECISION",
+        "bf16 as Adept, fp32 as Hugging Face, auto (default) as the checkpoint says",
+    ),
+    "verify": ("HOW", "sizes (default) or full: checksums of all weights"),
+    "bos-policy": ("POLICY", "none (default) as Adept, or bos as Hugging Face"),
+    "device": ("DEVICE", "auto (default: a GPU for each rank if there is one), cpu or cuda"),
+}
+
+
+def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    """The named flags of MODEL_FLAGS, or all of them."""
+    for name in names or MODEL_FLAGS:
+        metavar, text = MODEL_FLAGS[name]
+        parser.add_argument(f"--{name}", metavar=metavar, help=text)
 
 
 def settings_from(args: argparse.Namespace) -> Settings:

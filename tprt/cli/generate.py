@@ -1,6 +1,7 @@
 """``tprt generate``: batch generation, alone, with ``--nproc N`` or under torchrun."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,7 @@ def _run_here(settings: Settings, show: bool) -> int:
             rotary_precision=model.rotary_precision,
             verify=model.verify,
             bos_policy=model.bos_policy,
+            device=None if model.device == "auto" else model.device,
             **vars(engine),
         )
 
@@ -104,27 +106,34 @@ def _run_here(settings: Settings, show: bool) -> int:
     )
     if report is None:
         return EXIT_OK
-    if show:
-        _show(report)
     total, rate = len(report.records), report.tokens / max(report.seconds, 1e-9)
-    print(
+    said = (
         f"{total} records, {report.failed} failed; {report.tokens} tokens in "
         f"{report.seconds:.2f} s, {rate:.1f} tokens/s -> {settings.job.output}"
     )
+    with contextlib.suppress(BrokenPipeError):  # the job is done; who reads this may be gone
+        if show:
+            _show(report)
+        print(said, flush=True)
     return EXIT_FAILED_RECORDS if report.failed else EXIT_OK
 
 
 def _show(report: "JobReport") -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table("prompt", "text", show_lines=True)
     for record in report.records[:SHOWN_RECORDS]:
         output = report.outputs.get(record.id)
         text = record.error if output is None else output.outputs[0].text.strip()
-        table.add_row(escape(shorten(str(record.shown), 300)), escape(text or ""))
+        table.add_row(_printable(shorten(record.shown, 300)), _printable(text or ""))
     Console().print(table)
+
+
+def _printable(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text.encode("utf-8", "replace").decode())
 
 
 def shorten(text: str, most: int) -> str:

@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "what looks wrong. Reads no weights unless --verify full.",
     )
     parser.add_argument("path", nargs="?", metavar="PATH", help="checkpoint folder or hub id")
-    add_model_flags(parser)
+    add_model_flags(parser, "model", "tokenizer", "rotary-precision", "verify")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings_flags(parser)
     return parser

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tprt.cli.common import add_model_flags, add_settings_flags, settings_from
 from tprt.cli.settings import Settings
-from tprt.errors import CheckpointError, ConfigError, OutOfMemoryPlan
+from tprt.errors import ConfigError, OutOfMemoryPlan
 
 if TYPE_CHECKING:
     from tprt.config import PersimmonConfig
@@ -23,7 +23,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         description="Show what weights and KV cache take on each rank. --model may also name a "
         "config.json in Hugging Face's spelling, so no weights are needed.",
     )
-    add_model_flags(parser)
+    add_model_flags(parser, "model", "dtype")
     parser.add_argument("--tp", type=int, metavar="N", help="ranks to cut the model over")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="memory of one device, to see what fits"
@@ -37,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     if not settings.model.path:
         raise ConfigError("--model missing", hint="give the flag, or model.path in --config")
+    if args.memory is not None and not 0 < args.memory < 2**20:
+        raise ConfigError(
+            f"--memory is {args.memory:g} GiB, allowed are above 0 to {2**20}", hint="--memory 80"
+        )
     result = make_plan(settings, read_config(settings.model.path), args.memory)
     print(json.dumps(result, indent=1) if args.json else _table(result))
     if result["tokens_that_fit"] is not None and result["tokens_that_fit"] < 1:
@@ -51,17 +55,13 @@ def run(args: argparse.Namespace) -> int:
 def read_config(path: str) -> "PersimmonConfig":
     """The model's config from a checkpoint folder or a bare ``config.json``."""
     from tprt.checkpoint import open_checkpoint
+    from tprt.checkpoint.reader import build_config
+    from tprt.checkpoint.safetensors_file import read_json
     from tprt.config import PersimmonConfig
 
     if not path.endswith(".json"):
         return open_checkpoint(path).config
-    try:
-        raw = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"not a readable config.json: {error}", where=path) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError("config.json must hold an object", where=path)
-    return PersimmonConfig.from_hf(raw)
+    return build_config(PersimmonConfig.from_hf, read_json(Path(path)), path)
 
 
 def make_plan(
@@ -73,7 +73,7 @@ def make_plan(
 
     engine = settings.engine_config()
     tp_size = settings.parallel.tensor or 1
-    length = engine.max_model_len or config.max_position_embeddings
+    length = engine.resolve_max_model_len(config.max_position_embeddings)
     ranks = plan_ranks(config, tp_size, getattr(torch, engine.dtype), length)
     most = max(ranks, key=lambda r: r.weights)
     fit = None

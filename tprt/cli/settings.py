@@ -101,6 +101,7 @@ class ModelSettings(_Section):
     rotary_precision: Literal["auto", "bf16", "fp32"] = "auto"
     verify: Literal["sizes", "full"] = "sizes"
     bos_policy: Literal["none", "bos"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 class ParallelSettings(_Section):

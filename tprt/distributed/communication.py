@@ -10,6 +10,8 @@ from torch.distributed.distributed_c10d import BroadcastOptions
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import PeerLost
 
+_PEER_GONE = ("connection", "timed out", "timeout", "broken pipe", "reset by peer", "nccl")
+
 
 def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
     """Start a collective and wait for it; a peer that is gone is a ``PeerLost``.
@@ -19,6 +21,8 @@ def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
     try:
         start().wait()
     except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in _PEER_GONE):
+            raise  # out of memory, a dtype the backend lacks: not a peer's doing
         raise PeerLost(
             f"a collective failed: {str(error).splitlines()[0]}",
             where=f"rank {tp.rank} of {tp.size}",

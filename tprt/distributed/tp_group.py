@@ -19,8 +19,10 @@ from torch.distributed.rendezvous import rendezvous
 from tprt.errors import ConfigError, PeerLost
 
 CPU = torch.device("cpu")
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)
-INIT_TIMEOUT = timedelta(seconds=120)
+# On the host ranks also wait for one another's reading and tokenizing; on a device only for a step.
+HOST_TIMEOUT = timedelta(hours=1)
+DEVICE_TIMEOUT = timedelta(minutes=5)
+INIT_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class TPGroup:
 
     def close(self) -> None:
         """Shut down what ``init_tp_group`` made, and only that."""
-        if self.device_group is not None and self.device_group is not self.cpu_group:
-            self.device_group.shutdown()
+        for group in {id(g): g for g in (self.device_group, self.cpu_group) if g}.values():
+            group.shutdown()
         if self.owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -71,7 +73,7 @@ def default_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init_tp_group(group: Any = None, device: torch.device | None = None) -> TPGroup:
+def init_tp_group(group: Any = None, device: torch.device | str | None = None) -> TPGroup:
     """Make this rank's ``TPGroup``, with child groups of its own over the ranks of ``group``.
 
     Args:
@@ -83,16 +85,28 @@ def init_tp_group(group: Any = None, device: torch.device | None = None) -> TPGr
         ConfigError: ``group`` is of another kind, or this rank is not in it.
         PeerLost: the other ranks could not be met.
     """
-    device = device or default_device()
+    device = default_device() if device is None else torch.device(device)
     owns_default = False
     if group is None and not dist.is_initialized():
         if launched_size() == 1:
             return TPGroup(device=device)
         _init_default_group()
         owns_default = True
+    try:
+        return _child_groups(group, device, owns_default)
+    except BaseException:
+        if owns_default:
+            dist.destroy_process_group()
+        raise
+
+
+def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGroup:
     ranks = _ranks_of(group)
     if dist.get_rank() not in ranks:
-        raise ConfigError(f"rank {dist.get_rank()} is not in the given group of ranks {ranks}")
+        raise ConfigError(
+            f"rank {dist.get_rank()} is not in the given group of ranks {ranks}",
+            hint="make the LLM only on the ranks of its group",
+        )
     if len(ranks) == 1:
         return TPGroup(device=device, owns_default_group=owns_default)
     rank, size = ranks.index(dist.get_rank()), len(ranks)
@@ -102,13 +116,13 @@ def init_tp_group(group: Any = None, device: torch.device | None = None) -> TPGr
     key = "_".join(map(str, ranks))
     _made[key] += 1
     store = PrefixStore(f"tprt/{key}/{_made[key]}", _get_default_store())
-    cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, COLLECTIVE_TIMEOUT)
+    cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, HOST_TIMEOUT)
     device_group: Any = cpu_group
     if device.type == "cuda":
         from torch.distributed.distributed_c10d import ProcessGroupNCCL
 
         options = ProcessGroupNCCL.Options()
-        options._timeout = COLLECTIVE_TIMEOUT
+        options._timeout = DEVICE_TIMEOUT
         device_group = ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
     return TPGroup(rank, size, device, device_group, cpu_group, owns_default)
 
@@ -128,7 +142,10 @@ def _ranks_of(group: Any) -> list[int]:
                 hint='pass one axis, for example mesh["tp"]',
             )
         return dist.get_process_group_ranks(group.get_group())
-    raise ConfigError(f"group must be a process group or a DeviceMesh, not {type(group).__name__}")
+    raise ConfigError(
+        f"group must be a process group or a DeviceMesh, not {type(group).__name__}",
+        hint="on a rank outside the group, do not make the LLM",
+    )
 
 
 def _init_default_group() -> None:
@@ -142,7 +159,7 @@ def _init_default_group() -> None:
             store=PrefixStore(f"tprt/{attempt}", store),
             rank=rank,
             world_size=size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=HOST_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise PeerLost(

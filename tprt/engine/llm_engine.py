@@ -15,6 +15,7 @@ from tprt.config import EngineConfig
 from tprt.distributed.communication import broadcast_ints
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.model_runner import ModelRunner
+from tprt.engine.noise import NON_FINITE
 from tprt.engine.outputs import CompletionOutput, RequestOutput
 from tprt.engine.sequence import Request, Sequence
 from tprt.sampling_params import SamplingParams
@@ -50,17 +51,21 @@ class LLMEngine:
         ]
         waiting, running = deque(everyone), list[Sequence]()
         finished = tokens = 0
-        while waiting or running:
-            self._admit(waiting, running)
-            produced = self.runner.run(self._next_chunks(running))
-            tokens += len(produced)
-            ended = self._end(produced)
-            for seq in ended:
+        try:
+            while waiting or running:
+                self._admit(waiting, running)
+                produced = self.runner.run(self._next_chunks(running))
+                tokens += len(produced)
+                ended = self._end(produced)
+                for seq in ended:
+                    self.allocator.free(seq.block_table)
+                    running.remove(seq)
+                finished += len(ended)
+                if progress is not None:
+                    progress(finished, tokens)
+        finally:  # an interrupted call must not keep its blocks
+            for seq in running:
                 self.allocator.free(seq.block_table)
-                running.remove(seq)
-            finished += len(ended)
-            if progress is not None:
-                progress(finished, tokens)
         return collect(requests, everyone) if self.tp.rank == 0 else None
 
     def _detokenizer(self, request: Request) -> Detokenizer | None:
@@ -96,7 +101,7 @@ class LLMEngine:
         for i, (seq, token) in enumerate(produced):
             if self.tp.rank == 0:
                 flags[i] = seq.append(token, self.tokenizer.eod_id)
-            else:
+            elif token != NON_FINITE:
                 seq.token_ids.append(token)
         if produced:
             broadcast_ints(flags, self.tp)

@@ -6,6 +6,9 @@ cut over ranks. argmax(logits / T + noise) is an exact sample of softmax(logits 
 
 import torch
 
+# Stands for the next token of a row whose logits are NaN or infinite.
+NON_FINITE = -1
+
 _MASK = 2**64 - 1
 # Odd constants of splitmix64 and of Stafford's mixers, as signed 64-bit numbers: torch's int64
 # arithmetic wraps, Python's does not.

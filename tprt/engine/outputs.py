@@ -12,8 +12,10 @@ class CompletionOutput:
         index: which of the request's ``n`` completions.
         text: decoded without special pieces (unless asked), cut before a matched stop string.
         token_ids: all generated ids, the ending one included.
-        finish_reason: "stop" (end-of-text, stop id or stop string) or "length".
+        finish_reason: "stop" (end-of-text, stop id or stop string), "length", or "error" when the
+            logits became NaN or infinite (float16 overflows where bfloat16 does not).
         stop_reason: the stop string or stop id that matched; None for end-of-text and "length".
+        logprobs: None; not computed yet.
     """
 
     index: int
@@ -21,6 +23,7 @@ class CompletionOutput:
     token_ids: list[int]
     finish_reason: str
     stop_reason: str | int | None = None
+    logprobs: None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from tprt.distributed.communication import all_gather
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.noise import gumbel, token_table
+from tprt.engine.noise import NON_FINITE, gumbel, token_table
 from tprt.engine.sequence import Sequence
 
 NEG_INF = float("-inf")
@@ -77,7 +77,10 @@ class Sampler:
         self.full_table = token_table(0, part * tp.size, tp.device)
 
     def __call__(self, logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
-        """float32 [R, part] of this rank -> int64 [R], the same ids on every rank."""
+        """float32 [R, part] of this rank -> int64 [R], the same ids on every rank.
+
+        A row with a NaN or an infinite logit gives NON_FINITE.
+        """
         logits[:, max(0, self.num_valid - self.first) :] = NEG_INF
         for row, token in options.banned:
             if self.first <= token < self.first + self.part:
@@ -99,12 +102,14 @@ class Sampler:
         # float64 holds both a float32 score and an id exactly, so one gather carries the pair.
         pairs = all_gather(torch.stack([best.double(), (index + self.first).double()], 1), self.tp)
         winner = pairs[:, :, 0].argmax(dim=0)  # the first maximum: the lowest id on ties
-        return pairs[winner, torch.arange(len(winner), device=winner.device), 1].long()
+        scores, ids = pairs[winner, torch.arange(len(winner), device=winner.device)].unbind(1)
+        return ids.long().masked_fill(~scores.isfinite(), NON_FINITE)  # NaN counts as a maximum
 
     def _full(self, logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
         whole = all_gather(logits, self.tp).transpose(0, 1).flatten(1)  # [R, part * size]
         scaled = truncate(whole / options.temperature.unsqueeze(1), options)
-        return self._scores(scaled, options, self.full_table).argmax(dim=1)
+        ids = self._scores(scaled, options, self.full_table).argmax(dim=1)
+        return ids.masked_fill(~whole.max(dim=1).values.isfinite(), NON_FINITE)
 
 
 def truncate(logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
@@ -123,7 +128,8 @@ def truncate(logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
 
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
-    # The id that crosses top_p is kept; a row with top_p = 1 keeps all, whatever rounding says.
+    # The id that crosses top_p is kept, and the first one always: a top_p below float32's range is 0
+    # there. A row with top_p = 1 keeps all, whatever rounding says.
     top_p = options.top_p.unsqueeze(1)
-    ordered = ordered.masked_fill((before >= top_p) & (top_p < 1.0), NEG_INF)
+    ordered = ordered.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), NEG_INF)
     return torch.full_like(logits, NEG_INF).scatter(1, order, ordered)

@@ -6,7 +6,7 @@ are told. Knows tokens and parameters, no tensors.
 
 from dataclasses import dataclass, field
 
-from tprt.engine.noise import sequence_key
+from tprt.engine.noise import NON_FINITE, sequence_key
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Detokenizer
 
@@ -64,13 +64,17 @@ class Sequence:
     def append(self, token_id: int, eod_id: int) -> bool:
         """Take the next token; True when the sequence ends. Needs the text side (rank 0)."""
         assert self.detokenizer is not None, "only rank 0 decides where a sequence ends"
+        if token_id == NON_FINITE:
+            self.text += self.detokenizer.finish()
+            self.finish_reason = "error"
+            return True
         self.token_ids.append(token_id)
         params, count, before = self.request.params, len(self.token_ids), len(self.text)
         if token_id == eod_id and not params.ignore_eos:
             self.finish_reason = "stop"
         elif token_id in params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id
-        if self.finish_reason is None or not params.skip_special_tokens:
+        if self.finish_reason is None or params.include_stop_str_in_output:
             self.text += self.detokenizer.push([token_id])
         last = self.finish_reason is not None or count == self.request.max_tokens
         if last:

@@ -73,7 +73,9 @@ def load_records(path: Path, defaults: SamplingParams, job_seed: int) -> list[Re
             return list(read_records(lines, defaults, job_seed))
     except OSError as error:
         raise ConfigError(
-            f"the input cannot be read: {error.strerror or error}", where=str(path)
+            f"the input cannot be read: {error.strerror or error}",
+            where=str(path),
+            hint="an existing file with one JSON object per line",
         ) from error
     except ConfigError as error:
         error.where = f"{path}, {error.where}"
@@ -97,7 +99,17 @@ def _answer(llm: LLM, records: list[Record]) -> JobReport:
     with ProgressLine(total) as progress:
         prompts = [record.prompt for record in good if record.prompt is not None]
         outputs = llm.generate(prompts, [r.params for r in good], progress=progress.update)
-    report = JobReport(checked, dict(zip((r.id for r in good), outputs, strict=True)))
+    answers = dict(zip((r.id for r in good), outputs, strict=True))
+    for i, record in enumerate(checked):
+        if record.id in answers and any(
+            o.finish_reason == "error" for o in answers[record.id].outputs
+        ):
+            del answers[record.id]
+            checked[i] = record.failed(
+                f"the logits became NaN or infinite in {llm.engine_config.dtype}; "
+                "bfloat16 and float32 have more range than float16"
+            )
+    report = JobReport(checked, answers)
     report.seconds = time.perf_counter() - began
     report.tokens = sum(len(o.token_ids) for out in outputs for o in out.outputs)
     return report

@@ -23,9 +23,12 @@ class AtomicOutput:
     """
 
     def __init__(self, path: Path) -> None:
+        path = path.resolve()  # the file behind a link is replaced, not the link
         self.path = path
-        if path.is_dir():
-            raise OutputError(f"the output {str(path)!r} is a folder", hint="name a file")
+        if path.exists() and not path.is_file():
+            raise OutputError(
+                f"the output {str(path)!r} is a folder, device or pipe", hint="name a plain file"
+            )
         try:
             handle, name = tempfile.mkstemp(
                 prefix=f".{path.name}.", suffix=".tmp", dir=path.parent or Path(".")

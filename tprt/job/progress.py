@@ -1,5 +1,6 @@
 """How far a job is: a bar on a terminal, a plain line every few seconds elsewhere. stderr only."""
 
+import contextlib
 import sys
 import time
 from types import TracebackType
@@ -39,7 +40,8 @@ class ProgressLine:
         elif now - self.said >= SECONDS_BETWEEN_LINES:
             self.said = now
             line = f"{finished}/{self.total} done, {tokens} tokens, {rate} tok/s"
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # whoever read our stderr may be gone
+                print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "ProgressLine":
         if self.bar is not None:

@@ -20,6 +20,11 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 OPENAI_URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 # Fields of an OpenAI body that change nothing here.
 OPENAI_IGNORED = {"model", "user", "stream", "metadata", "store"}
+# Fields that are not implemented, at the value at which they change nothing.
+OPENAI_NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0, "presence_penalty": 0, "echo": False, "logprobs": False, "best_of": 1,
+    "logit_bias": {}, "top_logprobs": 0, "suffix": "",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,8 @@ def _parse(raw: bytes, number: int, defaults: SamplingParams, job_seed: int) -> 
         return replace(record, prompt=prompt, params=params, shown=shown)
     except TprtError as error:
         return record.failed(" ".join(str(error).split()))
+    except (ArithmeticError, TypeError, ValueError) as error:
+        return record.failed(f"a parameter cannot be read: {error}")
 
 
 def _no_constant(name: str) -> None:
@@ -145,7 +152,11 @@ def _openai_body(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     if kind == "prompt" and isinstance(prompt, list):
         kind = "prompt_token_ids"  # a list is token ids here; many prompts are many lines
     given = {k: v for k, v in body.items() if v is not None and k not in OPENAI_IGNORED}
-    params = {k: v for k, v in given.items() if k != OPENAI_URLS[url]}
+    params = {
+        k: v
+        for k, v in given.items()
+        if k != OPENAI_URLS[url] and not (k in OPENAI_NEUTRAL and v == OPENAI_NEUTRAL[k])
+    }
     if "max_completion_tokens" in params:
         params.setdefault("max_tokens", params.pop("max_completion_tokens"))
     return {kind: prompt}, params

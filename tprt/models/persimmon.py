@@ -8,11 +8,11 @@ all-reduces per layer: at the end of ``dense`` and of ``dense_4h_to_h``.
 import torch
 from torch import nn
 
-from tprt import kernels
 from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.config import PersimmonConfig, RotaryPrecision
 from tprt.distributed.tp_group import TPGroup
+from tprt.layers.activation import SquaredReLU
 from tprt.layers.attention import Attention
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -54,9 +54,10 @@ class PersimmonMLP(nn.Module):
         hidden, ffn = config.hidden_size, config.intermediate_size
         self.dense_h_to_4h = ColumnParallelLinear(hidden, ffn, tp, dtype)
         self.dense_4h_to_h = RowParallelLinear(ffn, hidden, tp, dtype)
+        self.act = SquaredReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(kernels.squared_relu(self.dense_h_to_4h(x)))
+        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
 
 
 class PersimmonDecoderLayer(nn.Module):
