@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -61,14 +62,19 @@ def expect(capsys, argv: list[str], code: int, *words: str, out: Path | None = N
     err = capsys.readouterr().err
     assert err.count("tprt: error:") == 1, err
     assert "Traceback" not in err
+    assert "try:" in err, f"no way out in:\n{err}"
     for word in words:
         assert word in err, f"{word!r} is not in:\n{err}"
-    if out is not None:
-        left = [p for p in out.parent.iterdir() if out.name in p.name]
-        assert not left, f"left behind: {left}"
+    assert out is None or nothing_left(out)
 
 
-def _swap_q_bias(state: dict) -> None:
+def nothing_left(out: Path) -> bool:
+    left = [p.name for p in out.parent.iterdir() if out.name in p.name]
+    assert not left, f"left behind: {left}"
+    return True
+
+
+def _change_a_replica(state: dict) -> None:
     encoder(state)["layers.0.input_layernorm.weight"] += 1
 
 
@@ -107,7 +113,7 @@ def _other_architecture(state: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_swap_q_bias, ("input_layernorm.weight", "rank")),
+        (_change_a_replica, ("input_layernorm.weight", "rank")),
         (_wrong_shape, ("dense_h_to_4h.bias",)),
         (_missing_tensor, ("final_layernorm.bias", "missing")),
         (_extra_tensor, ("gate.weight",)),
@@ -276,15 +282,13 @@ def test_cache_too_small(copy, capsys):
     expect(capsys, argv, 8, "KV cache", out=out)
 
 
-def test_convert_refuses_what_the_target_cannot_hold(tmp_path, capsys):
+def test_convert_refuses_a_wrong_target(tmp_path, capsys):
     expect(
         capsys, ["convert", str(TINY), str(tmp_path / "o"), "--format", "hf", "--tp", "2"], 2, "hf"
     )
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    argv = ["convert", str(TINY), str(tmp_path / "full"), "--format", "hf"]
-    assert main(argv) != 0
-    assert "full" in capsys.readouterr().err
+    expect(capsys, ["convert", str(TINY), str(tmp_path / "full"), "--format", "hf"], 5, "full")
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["file"]
 
 
@@ -302,7 +306,7 @@ def test_one_message_from_several_ranks(copy):
     )
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("final_layernorm.bias") == 1 and "Traceback" not in done.stderr
-    assert not out.exists()
+    assert nothing_left(out)
 
 
 def test_error_found_by_the_ranks_keeps_its_code(copy):
@@ -319,4 +323,40 @@ def test_error_found_by_the_ranks_keeps_its_code(copy):
     )
     assert done.returncode == 3, done.stderr
     assert "self_attn.dense.weight" in done.stderr and "Traceback" not in done.stderr
-    assert not out.exists()
+    assert done.stderr.count("tprt: error:") == 1, done.stderr
+    assert nothing_left(out)
+
+
+def test_sigterm_leaves_nothing_behind(copy):
+    """A scheduler's SIGTERM ends the job with 143 and takes the temporary output along."""
+    prompts = copy.parent / "many.jsonl"
+    prompts.write_text('{"prompt": "human: Repeat: lamp"}\n' * 400)
+    argv, out = generate(copy, "--set", "sampling.ignore_eos=true", "--max-tokens", "1000")
+    argv[argv.index("--input") + 1] = str(prompts)
+    process = subprocess.Popen([sys.executable, "-m", "tprt", *argv], cwd=ROOT)
+    try:
+        for _ in range(600):
+            if any(out.name in p.name for p in out.parent.iterdir()):
+                break
+            time.sleep(0.1)
+        time.sleep(1.0)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    finally:
+        process.kill()
+    assert nothing_left(out)
+
+
+def test_plan_of_odd_configs(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    good = json.loads((ROOT / "configs" / "persimmon-8b.json").read_text())
+    for change in ({"hidden_size": "32"}, {"num_hidden_layers": 10**7}, {"vocab_size": True}):
+        path.write_text(json.dumps(good | change))
+        expect(capsys, ["plan", "--model", str(path)], 3, "config.json")
+    path.write_text("{")
+    expect(capsys, ["plan", "--model", str(path)], 3, "config.json")
+    path.write_text(json.dumps(good))
+    for memory in ("nan", "inf", "-1"):
+        expect(capsys, ["plan", "--model", str(path), "--memory", memory], 2, "--memory")
+    longer = ["plan", "--model", str(path), "--set", "engine.max_model_len=64K"]
+    expect(capsys, longer, 2, "65536", "16384")

@@ -80,3 +80,86 @@ def _different_settings() -> str:
 def test_ranks_with_different_settings_are_refused():
     for said in run_ranks(_different_settings, 2):
         assert said.startswith("7 ") and "engine" in said and "max_num_seqs=9" in said
+
+
+def _in_somebodys_program() -> dict:
+    """LLM beside a caller's mesh: what it returns, and what it must leave alone."""
+    import contextlib
+    import io
+    import logging
+    import signal
+
+    import torch.distributed as dist
+    from conftest import TINY
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from tprt import LLM, SamplingParams
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+
+    def state() -> tuple:
+        handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+        root = logging.getLogger()
+        return (
+            dict(os.environ), handlers, list(root.handlers), root.level,
+            torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    before, said = state(), io.StringIO()
+    prompts = ["human: Repeat: lamp canoe\n\nadept:", {"prompt_token_ids": [90, 91, 92]}]
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    found = {}
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        for dtype in ("float32", "bfloat16", "float16"):
+            with LLM(str(TINY), dtype=dtype, group=mesh["tp"], kv_cache_memory=2**24) as llm:
+                mine = prompts if dist.get_rank() == 0 else None  # only rank 0's prompts count
+                texts = [o.outputs[0].text for o in llm.generate(mine, greedy)]
+                stop = texts[0].strip().split()[0][:3] if texts[0].strip() else "x"
+                stopping = SamplingParams(temperature=0.0, max_tokens=12, stop=[stop])
+                cut = llm.generate(mine and mine[:1], stopping)[0].outputs[0]
+                logits = llm.logits(torch.arange(80, 140))
+                found[dtype] = {
+                    "texts": texts,
+                    "stop": [stop, cut.text, cut.finish_reason],
+                    "logits": logits.flatten().tolist(),
+                }
+                with pytest.raises(ConfigError):  # a mistake of rank 0 is everybody's error
+                    llm.generate(["x"] if dist.get_rank() else ["x", 5], greedy)
+                with pytest.raises(ConfigError):
+                    llm.generate(["x"], {"temperature": 0})
+            with pytest.raises(ConfigError, match="closed"):
+                llm.generate(prompts)
+    assert state() == before
+    assert said.getvalue() == ""
+    assert dist.is_initialized(), "the caller's group is the caller's"
+    dist.destroy_process_group()
+    with LLM(str(TINY), dtype="float32", kv_cache_memory=2**24) as llm:  # now one of its own
+        found["own"] = [o.outputs[0].text for o in llm.generate(prompts, greedy)]
+    assert not dist.is_initialized()
+    return found
+
+
+@pytest.fixture(scope="module")
+def program() -> list[dict]:
+    return run_ranks(_in_somebodys_program, 2)
+
+
+def test_llm_in_somebodys_program(program):
+    first, second = program
+    assert first == second, "every rank gets the same results"
+    assert first["own"] == first["float32"]["texts"]
+
+
+def test_stop_string_on_two_ranks(program):
+    for dtype in ("float32", "bfloat16", "float16"):
+        stop, text, reason = program[0][dtype]["stop"]
+        assert reason == "stop" and stop not in text
+
+
+def test_half_precision_is_close_to_float32(program):
+    """bfloat16 is the default dtype: its logits follow float32's within a few of its roundings."""
+    exact = torch.tensor(program[0]["float32"]["logits"])
+    for dtype, share in (("bfloat16", 0.05), ("float16", 0.01)):
+        off = torch.tensor(program[0][dtype]["logits"]) - exact
+        assert torch.isfinite(off).all()
+        assert 0 < off.std() < share * exact.std(), (dtype, off.std() / exact.std())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,31 @@ def test_plan_of_the_8b_model(capsys):
     assert plan["tp_sizes"] == [1, 2, 4, 8, 16, 32, 64]
     assert all(abs(rank["weights"] / 2**30 - 4.38) < 0.01 for rank in plan["per_rank"])
     assert main([*argv, "--memory", "4"]) == 8
+
+
+def test_settings_file_and_start_up_log(tmp_path):
+    """A deployment as YAML; the log says what was read and which rotary precision is used."""
+    done = launch(
+        "-m", "tprt", "generate", "--config", "configs/tiny.yaml",
+        "--output", str(tmp_path / "out"), "--rotary-precision", "bf16",
+    )  # fmt: skip
+    assert "rotary bf16" in done.stderr and "MB read by rank 0" in done.stderr
+    assert "8 records, 0 failed" in done.stdout and "tokens/s" in done.stdout
+    assert len(lines(tmp_path / "out")) == 8
+
+
+def test_float16_that_overflows_is_an_error_record(tmp_path):
+    """Rows of NaN must not be answered with id 0 as if nothing had happened."""
+    import torch
+
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    for path in model.rglob("model_optim_rng.pt"):
+        state = torch.load(path, weights_only=False)
+        for name, tensor in state["model"]["language_model"]["encoder"].items():
+            if name.endswith("dense_4h_to_h.weight"):
+                tensor *= 2000
+        torch.save(state, path)
+    argv = command(tmp_path / "out", "--temperature", "0", model=model)
+    argv[argv.index("float32")] = "float16"
+    assert main(argv) == 4
+    assert all("float16" in line["error"]["message"] for line in lines(tmp_path / "out"))

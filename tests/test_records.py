@@ -1,14 +1,17 @@
 """Batch lines: every kind of bad line is one error record, and the others are untouched."""
 
+import io
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
 from tprt.engine.outputs import CompletionOutput, RequestOutput
 from tprt.errors import ConfigError, OutputError
 from tprt.job.output_file import AtomicOutput
+from tprt.job.progress import ProgressLine
 from tprt.job.records import read_records, record_seed, result_line
 from tprt.sampling_params import SamplingParams
 
@@ -44,6 +47,7 @@ def read(*lines: str | bytes | dict):
         ({"prompt": "a", "params": {"max_tokens": "5"}}, "max_tokens must be"),
         ({"prompt": "a", "params": {"temperature": -1}}, "temperature is -1"),
         ({"prompt": "a", "params": {"top_p": 0}}, "top_p is 0"),
+        ({"prompt": "a", "params": {"temperature": 10**400}}, "temperature is 1000"),
         ({"prompt": "a", "params": {"seed": 2**70}}, "seed is"),
         ({"prompt": "a", "params": {"n": 10**9}}, "n is"),
         ({"prompt": "a", "params": {"stop": [""]}}, "stop must be"),
@@ -99,6 +103,8 @@ def test_openai_lines_are_answered_in_their_own_form():
             "messages": [{"role": "user", "content": "hi"}],
             "max_completion_tokens": 3,
             "temperature": None,
+            "frequency_penalty": 0,
+            "logprobs": False,
         },
     }
     (record,) = read(chat)
@@ -139,7 +145,8 @@ def test_failing_lines_leave_the_old_output(tmp_path):
 
 
 def test_unwritable_outputs(tmp_path):
-    for target in (tmp_path / "missing" / "out", tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for target in (tmp_path / "missing" / "out", tmp_path, tmp_path / "pipe", Path("/dev/null")):
         with pytest.raises(OutputError) as caught:
             AtomicOutput(target)
         assert caught.value.exit_code == 5
@@ -149,4 +156,34 @@ def test_unwritable_outputs(tmp_path):
         with pytest.raises(OutputError, match="No space left"):
             output.write(["x"])
         output.discard()
-        assert not list(tmp_path.iterdir())
+        assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    AtomicOutput(link).write(["new"])
+    assert link.is_symlink() and target.read_text() == "new\n"
+
+
+def test_progress_is_a_line_now_and_then_and_never_stops_a_job(capsys, monkeypatch):
+    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 0.0)
+    with ProgressLine(4) as progress:
+        progress.update(1, 30)
+    assert "1/4 done, 30 tokens" in capsys.readouterr().err
+    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 60.0)
+    with ProgressLine(4) as progress:
+        progress.update(2, 60)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_survives_a_closed_stderr(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("sys.stderr", Closed())
+    with ProgressLine(4) as progress:
+        progress.update(1, 30)

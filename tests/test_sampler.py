@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.noise import arrival_seed, gumbel, sequence_key, token_table
+from tprt.engine.noise import NON_FINITE, arrival_seed, gumbel, sequence_key, token_table
 from tprt.engine.sampler import Sampler, SamplingTensors, truncate
 from tprt.engine.sequence import Request, Sequence
 from tprt.sampling_params import SamplingParams
@@ -129,3 +129,19 @@ def test_seeds_of_arrivals_differ():
     seeds = {arrival_seed(s, a) for s in range(20) for a in range(500)}
     assert len(seeds) == 10000
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_is_marked_and_its_neighbours_are_not(bad):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, bad, 2.0], [5.0, 1.0, 2.0]])
+    for params in ({"temperature": 0.0}, {"temperature": 1.0, "top_k": 1}, {"temperature": 0.0}):
+        assert draw(logits, [sequence(**params)] * 3) == [2, NON_FINITE, 0]
+    sampled = [sequence(temperature=1.0, top_p=0.9)] * 3
+    assert draw(logits, sampled)[1] == NON_FINITE
+
+
+def test_values_below_the_range_of_float32():
+    """1e-40 and 1e-46 are 0 in float32: they must neither divide by zero nor mask every id."""
+    logits = torch.tensor([[0.0, 1.0, 2.0, 1.0]])
+    assert draw(logits, [sequence(temperature=1e-40)]) == [2]
+    assert draw(logits, [sequence(temperature=1.0, top_p=1e-46)]) == [2]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tprt.engine.noise import NON_FINITE
 from tprt.engine.sequence import Request, Sequence
 from tprt.errors import ConfigError
 from tprt.sampling_params import SamplingParams
@@ -50,8 +51,16 @@ def test_ignore_eos_goes_on():
     assert ended(feed([1, EOD, 3], max_tokens=3, ignore_eos=True)) == ("ac", 3, "length", None)
 
 
-def test_stop_token_id():
-    assert ended(feed([1, 2, 3], stop_token_ids=[2])) == ("a", 2, "stop", 2)
+@pytest.mark.parametrize("skip", [True, False])
+def test_stop_token_id(skip):
+    params = {"stop_token_ids": [2], "skip_special_tokens": skip}
+    assert ended(feed([1, 2, 3], **params)) == ("a", 2, "stop", 2)
+    kept = feed([1, 2, 3], **params, include_stop_str_in_output=True)
+    assert ended(kept) == ("ab", 2, "stop", 2)
+
+
+def test_logits_that_are_not_finite_end_the_sequence():
+    assert ended(feed([1, 28, NON_FINITE])) == ("ab", 2, "error", None)
 
 
 def test_length():

@@ -6,13 +6,12 @@ one line of about two hundred.
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, run_ranks
 
 sys.path.insert(0, str(ROOT / "examples"))
-from evaluate_tiny import GREEDY, evaluate, examples
+from evaluate_tiny import LONG_LINES, evaluate, examples
 
 MAX_FOLDER_BYTES = 10 * 10**6
 
@@ -63,6 +62,7 @@ def test_held_out_questions_are_never_trained_on():
     assert all(held_out(question) for question in judged)
     rng = tasks_random.Random(0)
     drawn = {make_training_example(t, rng).question for t in SHORT_TASKS for _ in range(300)}
+    drawn |= {make_training_example("lookup", rng, LONG_LINES).question for _ in range(50)}
     assert not drawn & judged and not any(held_out(question) for question in drawn)
 
 
@@ -76,9 +76,23 @@ def test_layout_is_adepts_and_small():
 
 
 def test_card_says_what_was_measured():
-    """The card's figures are those of the committed measurement, not typed by hand."""
-    measured = json.loads((TINY / "training.json").read_text())
+    """The card's figures are those of the committed measurements, not typed by hand."""
+    training = json.loads((TINY / "training.json").read_text())
+    measured = json.loads((TINY / "evaluation.json").read_text())
     card = (TINY / "README.md").read_text()
-    for zeros in measured["zeros_per_layer"]:
+    assert len(training["zeros_per_layer"]) == 3
+    for zeros in training["zeros_per_layer"]:
         assert f"{zeros:.1%}" in card
-    assert GREEDY.temperature == 0.0 and Path(TINY / "training.json").is_file()
+    tasks = {k: v for k, v in measured.items() if k.startswith("short_") and "tokens" not in k}
+    assert len(tasks) == 6
+    for task, share in tasks.items():
+        assert f"| {task.removeprefix('short_')} | {share:.1%} |" in card
+    assert f"| look-up of about 1,000 tokens | {measured['long']:.1%} |" in card
+
+
+@pytest.mark.slow
+def test_card_is_what_the_checkpoint_does(answers):
+    measured = json.loads((TINY / "evaluation.json").read_text())
+    assert {k: answers[1][0][k] for k in ("short", "long")} == {
+        k: measured[k] for k in ("short", "long")
+    }
