@@ -6,7 +6,7 @@ no file and no rank.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args
 
 from tprt.errors import CheckpointError, ConfigError
 
@@ -23,6 +23,9 @@ _QK_MODES: dict[object, QKLayerNorm] = {
     QK_PER_RANK: "per_head",
     QK_PER_HEAD: "per_head",
 }
+# Layers and heads are looped over, so a file must not choose them freely.
+MAX_COUNTS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
+MAX_COUNT = 2**31 - 1  # of any other size
 DTYPES = ("bfloat16", "float32", "float16")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
@@ -59,21 +62,31 @@ class PersimmonConfig:
     def __post_init__(self) -> None:
         for name in (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "head_dim", "max_position_embeddings",
+            "num_attention_heads", "head_dim", "max_position_embeddings", "vocab_padding_multiple",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"{name} must be a positive whole number, not {value!r}")
+            _count(name, getattr(self, name))
+        for name in ("layer_norm_eps", "rope_theta", "partial_rotary_factor"):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        _one_of("qk_layernorm", self.qk_layernorm, get_args(QKLayerNorm))
+        _one_of("rotary_precision", self.rotary_precision, (None, *get_args(RotaryPrecision)))
+        if not isinstance(self.tie_word_embeddings, bool):
+            _refuse_flag("tie_word_embeddings", self.tie_word_embeddings)
+        if self.eos_token_id is not None and type(self.eos_token_id) is not int:
+            raise CheckpointError(
+                f"eos_token_id is {_shown(self.eos_token_id)}", hint="a whole number or null"
+            )
         if self.num_attention_heads * self.head_dim != self.hidden_size:
             raise CheckpointError(
                 f"{self.num_attention_heads} heads of width {self.head_dim} do not make up "
-                f"hidden_size {self.hidden_size}"
+                f"hidden_size {self.hidden_size}",
+                hint=_CONFIG_HINT,
             )
-        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+        factor = self.partial_rotary_factor
+        if factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
             raise CheckpointError(
-                f"rotary width {self.rotary_dim} (partial_rotary_factor "
-                f"{self.partial_rotary_factor} of head width {self.head_dim}) is not an even "
-                f"number from 2 to {self.head_dim}"
+                f"the rotary width, partial_rotary_factor {factor:g} of head width "
+                f"{self.head_dim}, is not an even number from 2 to {self.head_dim}",
+                hint=_CONFIG_HINT,
             )
 
     @property
@@ -103,11 +116,10 @@ class PersimmonConfig:
             CheckpointError: a key is missing or malformed, or asks for what is not implemented
                 (another activation, a scaled rotary embedding, quantized weights).
         """
-        rope = raw.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise CheckpointError(f"rope_parameters must be a mapping, not {rope!r}")
+        rope = _mapping(raw, "rope_parameters")
         _refuse_hf(raw, rope)
-        heads, hidden = _need(raw, "num_attention_heads"), _need(raw, "hidden_size")
+        heads = _count("num_attention_heads", _need(raw, "num_attention_heads"))
+        hidden = _count("hidden_size", _need(raw, "hidden_size"))
         # 4.x spells theta and the rotated share at the top, 5.x inside rope_parameters. The class
         # default of 5.x (10000) is not Persimmon's, so a missing theta means 25000.
         theta = rope.get("rope_theta", raw.get("rope_theta", 25000.0))
@@ -118,14 +130,14 @@ class PersimmonConfig:
             intermediate_size=_need(raw, "intermediate_size"),
             num_hidden_layers=_need(raw, "num_hidden_layers"),
             num_attention_heads=heads,
-            head_dim=hidden // heads if heads else 0,
+            head_dim=hidden // heads,
             max_position_embeddings=_need(raw, "max_position_embeddings"),
-            layer_norm_eps=float(raw.get("layer_norm_eps", 1e-5)),
-            rope_theta=float(theta),
-            partial_rotary_factor=float(factor),
-            qk_layernorm="per_layer" if raw.get("qk_layernorm", True) else "none",
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            rotary_precision=_rotary_precision(raw.get("rotary_precision")),
+            layer_norm_eps=raw.get("layer_norm_eps", 1e-5),
+            rope_theta=theta,
+            partial_rotary_factor=factor,
+            qk_layernorm="per_layer" if _flag(raw, "qk_layernorm", True) else "none",
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings", False),
+            rotary_precision=raw.get("rotary_precision"),
             eos_token_id=_single_id(raw.get("eos_token_id")),
         )
 
@@ -172,31 +184,38 @@ class PersimmonConfig:
         for name, value in wanted.items():
             found = args.get(name, value)
             if found is not None and found != value:
-                raise CheckpointError(f"args.{name} is {found!r}; Persimmon has {value!r}")
-        hidden, heads = _need(args, "hidden_size"), _need(args, "num_attention_heads")
-        head_dim = args.get("kv_channels") or (hidden // heads if heads else 0)
+                raise CheckpointError(
+                    f"args.{name} is {_shown(found)}; Persimmon has {value!r}",
+                    hint="a checkpoint of the Persimmon architecture",
+                )
+        heads = _count("num_attention_heads", _need(args, "num_attention_heads"))
+        hidden = _count("hidden_size", _need(args, "hidden_size"))
         mode = args.get("qk_layernorm")
         if mode not in _QK_MODES:
             known = ", ".join(str(m) for m in _QK_MODES if m)
-            raise CheckpointError(f"args.qk_layernorm is {mode!r}", hint=f"known are {known}")
-        tp = args.get("tensor_model_parallel_size") or 1
-        ffn = args.get("ffn_hidden_size") or 4 * hidden
+            raise CheckpointError(f"args.qk_layernorm is {_shown(mode)}", hint=f"one of {known}")
+        multiple, tp = (
+            _count(name, args.get(name) or default)
+            for name, default in (
+                ("make_vocab_size_divisible_by", 128), ("tensor_model_parallel_size", 1),
+            )
+        )  # fmt: skip
         context = args.get("max_position_embeddings") or _need(args, "seq_length")
         return cls(
             vocab_size=_need(args, "padded_vocab_size"),
             hidden_size=hidden,
-            intermediate_size=ffn,
+            intermediate_size=args.get("ffn_hidden_size") or 4 * hidden,
             num_hidden_layers=_need(args, "num_layers"),
             num_attention_heads=heads,
-            head_dim=head_dim,
+            head_dim=args.get("kv_channels") or hidden // heads,
             max_position_embeddings=context,
-            layer_norm_eps=float(args.get("layernorm_epsilon") or 1e-5),
-            rope_theta=float(args.get("rotary_emb_base") or 25000.0),
-            partial_rotary_factor=float(args.get("rotary_pct") or 0.5),
+            layer_norm_eps=args.get("layernorm_epsilon") or 1e-5,
+            rope_theta=args.get("rotary_emb_base") or 25000.0,
+            partial_rotary_factor=args.get("rotary_pct") or 0.5,
             qk_layernorm=_QK_MODES[mode],
-            tie_word_embeddings=not args.get("untie_embeddings", True),
-            rotary_precision=_rotary_precision(args.get("rotary_precision")),
-            vocab_padding_multiple=(args.get("make_vocab_size_divisible_by") or 128) * tp,
+            tie_word_embeddings=not _flag(args, "untie_embeddings", True),
+            rotary_precision=args.get("rotary_precision"),
+            vocab_padding_multiple=multiple * tp,
         )
 
     def to_megatron(self, tp_size: int, dtype: str) -> dict[str, Any]:
@@ -270,10 +289,25 @@ class EngineConfig:
             if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a positive whole number, not {value!r}")
+                raise ConfigError(
+                    f"{name} must be a positive whole number, not {value!r}", hint="1 or more"
+                )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a whole number, not {self.seed!r}", hint="0")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ConfigError(f"gpu_memory_utilization is {share!r}, allowed are above 0 to 1")
+            raise ConfigError(
+                f"gpu_memory_utilization is {share!r}, allowed are above 0 to 1", hint="0.9"
+            )
+
+    def resolve_max_model_len(self, limit: int) -> int:
+        """max_model_len, or ``limit``, the model's own; ConfigError when it is above that."""
+        if self.max_model_len is not None and self.max_model_len > limit:
+            raise ConfigError(
+                f"max_model_len is {self.max_model_len}; the model has positions for {limit}",
+                hint=f"a value up to {limit}",
+            )
+        return self.max_model_len or limit
 
 
 def default_rotary_precision(layout: str) -> RotaryPrecision:
@@ -281,10 +315,65 @@ def default_rotary_precision(layout: str) -> RotaryPrecision:
     return "bf16" if layout == "megatron" else "fp32"
 
 
+_CONFIG_HINT = "the configuration as it came with the weights"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _need(raw: dict[str, Any], name: str) -> Any:
     if raw.get(name) is None:
-        raise CheckpointError(f"the model's configuration has no {name!r}")
+        raise CheckpointError(f"the model's configuration has no {name!r}", hint=_CONFIG_HINT)
     return raw[name]
+
+
+def _count(name: str, value: object) -> int:
+    limit = MAX_COUNTS.get(name, MAX_COUNT)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{name} must be a positive whole number, not {_shown(value)}", hint=_CONFIG_HINT
+        )
+    if value > limit:
+        raise CheckpointError(f"{name} is {_shown(value)}; the limit is {limit}", hint=_CONFIG_HINT)
+    return value
+
+
+def _positive(name: str, value: object) -> float:
+    # The bound keeps infinities out, and whole numbers that no float can hold; NaN compares false.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1e300:
+        raise CheckpointError(
+            f"{name} must be a positive number, not {_shown(value)}", hint=_CONFIG_HINT
+        )
+    return float(value)
+
+
+def _one_of(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        names = " or ".join(str(k) for k in known if k is not None)
+        raise CheckpointError(f"{name} is {_shown(value)}", hint=names)
+
+
+def _flag(raw: dict[str, Any], name: str, default: bool) -> bool:
+    """None means what a missing key means."""
+    value = raw.get(name)
+    if value is None:
+        return default
+    return value if isinstance(value, bool) else _refuse_flag(name, value)
+
+
+def _refuse_flag(name: str, value: object) -> NoReturn:
+    raise CheckpointError(f"{name} is {_shown(value)}", hint="true or false")
+
+
+def _mapping(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} must be a mapping, not {_shown(value)}", hint="{} or null")
+    return value
 
 
 def _single_id(value: object) -> int | None:
@@ -293,29 +382,31 @@ def _single_id(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _rotary_precision(value: object) -> RotaryPrecision | None:
-    if value is None or value == "bf16" or value == "fp32":
-        return value
-    raise CheckpointError(f"the checkpoint's rotary_precision is {value!r}", hint="bf16 or fp32")
-
-
 def _refuse_hf(raw: dict[str, Any], rope: dict[str, Any]) -> None:
-    if raw.get("model_type", "persimmon") != "persimmon":
+    kind = raw.get("model_type", "persimmon")
+    if kind != "persimmon":
         raise CheckpointError(
-            f"model_type is {raw['model_type']!r}, which is not implemented", hint="persimmon"
+            f"model_type is {_shown(kind)}, which is not implemented", hint="persimmon"
         )
     if raw.get("hidden_act", "relu2") != "relu2":
-        raise CheckpointError(f"hidden_act is {raw['hidden_act']!r}; Persimmon has 'relu2'")
-    scaling = raw.get("rope_scaling") or {}
-    if not isinstance(scaling, dict):
-        raise CheckpointError(f"rope_scaling must be a mapping, not {scaling!r}")
-    kind = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind != "default":
-        raise CheckpointError(f"rope scaling of kind {kind!r} is not implemented")
+        raise CheckpointError(
+            f"hidden_act is {_shown(raw['hidden_act'])}; Persimmon has 'relu2'",
+            hint="a checkpoint of the Persimmon architecture",
+        )
+    # Both spellings may stand in both mappings; one left unseen would be run unscaled.
+    scaling = _mapping(raw, "rope_scaling")
+    for name, mapping in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        for key in ("rope_type", "type"):
+            kind = mapping.get(key)
+            if kind is not None and kind != "default":
+                raise CheckpointError(
+                    f"rope scaling of kind {_shown(kind)} ({name}.{key}) is not implemented",
+                    hint="a checkpoint trained without rope scaling",
+                )
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise CheckpointError(
-            f"weights quantized by {method or quantization!r} are not implemented",
+            f"weights quantized by {_shown(method or quantization)} are not implemented",
             hint="the unquantized checkpoint",
         )

@@ -127,7 +127,7 @@ DAMAGE = {
     "config no json": (lambda p: (p / "config.json").write_text("{,"), "not valid JSON"),
     "config of a wrong type": (
         lambda p: (p / "config.json").write_text(json.dumps(CONFIG.to_hf() | {"hidden_size": "x"})),
-        "wrong type"),
+        "not 'x'"),
     "weights missing": (lambda p: (p / FILE).unlink(), "no weights here"),
     "shard missing": (shards(lambda p: (p / "model-1.safetensors").unlink()), "model-1.safetensors"),
     "index names a missing tensor": (
@@ -144,7 +144,7 @@ def test_damaged_hugging_face_folders(tmp_path, name):
     DAMAGE[name][0](tmp_path)
     with pytest.raises(CheckpointError, match=DAMAGE[name][1]) as caught:
         open_checkpoint(tmp_path)
-    assert str(tmp_path) in caught.value.where
+    assert str(tmp_path) in caught.value.where and caught.value.hint
 
 
 # Conversion
@@ -280,6 +280,18 @@ def test_tied_head(tmp_path):
     assert torch.equal(toy.lm_head.weight, model["model.embed_tokens.weight"][24:])
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin shards"])
+def test_head_that_is_not_the_embedding_it_is_tied_to(tmp_path, form):
+    """Guards against a model run with a head that its weights do not have."""
+    model = random_model(tied=True)
+    model["lm_head.weight"] = model["model.embed_tokens.weight"].clone()
+    model["lm_head.weight"][47, 31] += 1
+    hf_folder(tmp_path, model, replace(CONFIG, tie_word_embeddings=True), form=form)
+    with pytest.raises(CheckpointError, match=r"ties lm_head.weight") as caught:
+        open_checkpoint(tmp_path)
+    assert "config.json" in caught.value.where and caught.value.hint
+
+
 def test_destinations(tmp_path, monkeypatch):
     """Guards what is there already, sizes that do not divide, and a conversion that dies midway."""
     reader, _ = megatron_source(tmp_path)
@@ -346,8 +358,12 @@ PRESHARDED_DAMAGE = {
     "version": (edit_manifest(lambda m: m.update(version=2)), "version 2"),
     "tp_size": (edit_manifest(lambda m: m.update(tp_size=4)), "tp_size is 4"),
     "order": (edit_manifest(lambda m: m["files"].reverse()), "instead of"),
-    "no config": (edit_manifest(lambda m: m.pop("config")), "model_type"),
-    "config field": (edit_manifest(lambda m: m["config"].update(odd=1)), "odd"),
+    "no config": (edit_manifest(lambda m: m.pop("config")), "no config"),
+    "config list": (edit_manifest(lambda m: m.update(config=[1])), "no config"),
+    "config kind": (edit_manifest(lambda m: m["config"].pop("model_type")), "model_type"),
+    "config field": (edit_manifest(lambda m: m["config"].update(odd=1)), "unknown: 'odd'"),
+    "config lacks": (
+        edit_manifest(lambda m: m["config"].pop("vocab_size")), "missing: vocab_size"),
     "norm mode": (edit_manifest(lambda m: m["config"].update(qk_layernorm="x")), "qk_layernorm"),
     "piece outside": (edit_manifest(lambda m: m["files"][1]["tensors"][PIECE]["pieces"][0].update(
         canonical=[[40, 72]])), "outside"),

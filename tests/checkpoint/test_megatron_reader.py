@@ -101,9 +101,11 @@ def test_bytes_read_are_those_of_the_slice(tmp_path):
     model = random_model()
     write_release(tmp_path, model, tp=2)
     reader = open_checkpoint(tmp_path)
-    assert reader.bytes_read == 0
+    # Opening compares what both ranks repeat: 6 vectors and 4 of a head's width per layer, and 2.
+    opened = reader.bytes_read
+    assert opened == 2 * 4 * (3 * (6 * 32 + 4 * 8) + 2 * 32)
     reader.read("lm_head.weight", (slice(0, 12), slice(None)))
-    assert reader.bytes_read == 12 * 32 * 4
+    assert reader.bytes_read - opened == 12 * 32 * 4
 
 
 def edit(folder, rank, change):
@@ -178,7 +180,7 @@ MIX_UPS = {
         for r in ("mp_rank_00", "mp_rank_01")], "dtype that weights cannot have"),
     "dtype of one rank": (lambda f: edit(
         f, "mp_rank_01", lambda c: encoder(c).update({QKV: torch.ones(48, 32).bfloat16()})),
-        "another dtype in each rank"),
+        "several dtypes: bfloat16, float32"),
     "replica differs": (
         lambda f: edit(f, "mp_rank_01", lambda c: encoder(c)[BIAS].add_(1)),
         f"{BIAS}' should be the same.*mp_rank_00 and mp_rank_01 differ"),
@@ -188,7 +190,7 @@ MIX_UPS = {
         lambda f: edit(f, "mp_rank_00", set_args(hidden_size="wide")), "not 'wide'"),
     "heads of a wrong type": (
         lambda f: edit(f, "mp_rank_00", set_args(num_attention_heads="4", kv_channels=None)),
-        "wrong type"),
+        "not '4'"),
     "a million layers": (
         lambda f: edit(f, "mp_rank_00", set_args(num_layers=10**12)), "limit is"),
     "args lack a size": (
@@ -197,6 +199,60 @@ MIX_UPS = {
         lambda f: [edit(f, r, set_args(num_layers=2)) for r in ("mp_rank_00", "mp_rank_01")],
         "not expected: .*layers.2"),
 }  # fmt: skip
+
+
+HEAD_NORM = "layers.1.self_attention.k_layernorm.layernorms.{}.weight"
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_heads_of_one_rank_have_one_dtype(tmp_path, head):
+    """Guards per-head norms: a head of another dtype would be read as bits of the first."""
+    qk = MODES[-1]
+    folder = write_release(
+        tmp_path, random_model(qk=qk), tp=2, qk=qk, model_type=None, backend=None
+    )
+    for rank in ("mp_rank_00", "mp_rank_01"):  # alike in both ranks
+        edit(
+            folder,
+            rank,
+            lambda c: encoder(c).update({HEAD_NORM.format(head): torch.ones(8).half()}),
+        )
+    with pytest.raises(CheckpointError, match=r"k_layernorm.*several dtypes: float16, float32"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("untie", [None, False])
+def test_untie_embeddings(tmp_path, untie):
+    """Guards the meaning of None, which is the default: a head of its own."""
+    model = random_model()
+    write_release(tmp_path, model, tp=2, untie_embeddings=untie)
+    if untie is None:
+        assert_same(open_checkpoint(tmp_path), model)
+        return
+    with pytest.raises(CheckpointError, match=r"ties lm_head.weight") as caught:
+        open_checkpoint(tmp_path)
+    assert "mp_rank_00" in caught.value.where and caught.value.hint
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+@pytest.mark.parametrize("change", ["same", "one bit", "shape", "dtype"])
+def test_head_beside_a_tied_embedding(tmp_path, pp, change):
+    """Guards the head that is left out: it must be the embedding, on whatever stage that lies."""
+    model = random_model(tied=True)
+    folder = write_release(tmp_path, model, tp=2, pp=pp, tied=True, model_type=None, backend=None)
+    head = model["model.embed_tokens.weight"][24:].clone()
+    if change == "one bit":
+        head.view(torch.int32)[23, 31] ^= 1
+    elif change != "same":
+        head = head[:23] if change == "shape" else head.double()
+    last = "mp_rank_01" + ("_002" if pp > 1 else "")
+    edit(folder, last, lambda c: c["model"].update(word_embeddings_for_head={"weight": head}))
+    if change == "same":
+        assert_same(open_checkpoint(tmp_path), model)
+        return
+    with pytest.raises(CheckpointError, match="differs from it") as caught:
+        open_checkpoint(tmp_path)
+    assert last in caught.value.where
 
 
 @pytest.mark.parametrize("name", MIX_UPS)
@@ -210,7 +266,7 @@ def test_mix_ups_are_refused_at_open(tmp_path, name):
         (tmp_path / "latest_checkpointed_iteration.txt").write_text("9")
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(tmp_path)
-    assert caught.value.where and str(tmp_path) in caught.value.where
+    assert caught.value.where and str(tmp_path) in caught.value.where and caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "1e3", "99999999999999999", "../x", "7"])
@@ -253,6 +309,9 @@ def test_no_such_path_and_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="no route to the hub"):
         open_checkpoint("some/model")
+    (tmp_path / "folder" / "model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="'folder' is here and holds model"):
+        open_checkpoint("folder/modle")
     model = random_model()
     write_release(tmp_path, model)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))

@@ -13,7 +13,7 @@ from tprt.checkpoint.loader import load_weights
 from tprt.checkpoint.megatron import MegatronReader
 from tprt.checkpoint.megatron_folders import TRACKER
 from tprt.checkpoint.presharded import MANIFEST, PreshardedReader
-from tprt.checkpoint.reader import CheckpointReader, TensorInfo, canonical_shapes
+from tprt.checkpoint.reader import READ_HINT, CheckpointReader, TensorInfo, canonical_shapes
 from tprt.checkpoint.writers import write_huggingface, write_megatron, write_presharded
 from tprt.errors import CheckpointError
 
@@ -66,16 +66,22 @@ def _open_folder(folder: Path) -> CheckpointReader:
             return HuggingFaceReader(folder)
         if any(folder.glob("iter_*")):
             return MegatronReader(folder)
-        inside = sorted(entry.name for entry in folder.iterdir())
+        shown = _shown_names(folder)
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=str(error.filename or folder)
+            f"cannot be read: {error.strerror or error}",
+            where=str(error.filename or folder),
+            hint=READ_HINT,
         ) from error
-    shown = ", ".join(inside[:10]) + (", ..." if len(inside) > 10 else "") if inside else "nothing"
     hint = f"a folder with {TRACKER}, {CONFIG} or {MANIFEST} in it"
     if re.fullmatch(r"mp_rank_\d+(_\d+)?", folder.name):
         hint = "the iteration folder above it"
     raise CheckpointError(f"no checkpoint here; found {shown}", where=str(folder), hint=hint)
+
+
+def _shown_names(folder: Path) -> str:
+    inside = sorted(entry.name for entry in folder.iterdir())
+    return ", ".join(inside[:10]) + (", ..." if len(inside) > 10 else "") if inside else "nothing"
 
 
 def _from_hub(name: str) -> Path:
@@ -83,13 +89,21 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(
             "no such folder", where=name, hint="an existing path, or a hub id org/name"
         )
+    near = Path(name).parent
+    if near.exists():  # a mistyped path must not become a question to the network
+        inside = _shown_names(near) if near.is_dir() else "it is a file"
+        raise CheckpointError(
+            f"no such folder; '{near}' is here and holds {inside}",
+            where=name,
+            hint="an existing path (a hub id must not begin with the name of something here)",
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
             "no such folder; as a hub id it needs the package huggingface_hub",
             where=name,
-            hint="pip install 'tprt[hub]'",
+            hint="pip install huggingface_hub",
         ) from error
     try:
         return Path(

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 
 from tprt.checkpoint.reader import (
+    EMBEDDING,
     HEAD,
     CheckpointReader,
+    TensorHeader,
     TensorInfo,
     build_config,
     canonical_shapes,
+    check_spare_head,
     check_tensors,
     dtype_name,
     find_tokenizer,
@@ -23,9 +26,9 @@ from tprt.checkpoint.reader import (
     main_dtype,
     normal,
 )
-from tprt.checkpoint.safetensors_file import SafetensorsFile, TensorHeader, read_json
+from tprt.checkpoint.safetensors_file import SafetensorsFile, read_json
 from tprt.checkpoint.stand_ins import StoredTensor
-from tprt.checkpoint.torch_file import TorchFile, flatten
+from tprt.checkpoint.torch_file import AGAIN_HINT, TorchFile, flatten
 from tprt.config import PersimmonConfig
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
@@ -91,12 +94,18 @@ class HuggingFaceReader(CheckpointReader):
         for name, shard in owner.items():
             if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name == HEAD and self.config.tie_word_embeddings:
-                self.warnings.append(f"{HEAD} is ignored: config.json ties it to the embedding")
-                continue
             found[name] = shard.tensors[name]
+        spare = found.pop(HEAD, None) if self.config.tie_word_embeddings else None
         shapes = canonical_shapes(self.config)
         check_tensors(found, shapes, str(path))
+        if spare is not None:
+            check_spare_head(
+                spare,
+                found[EMBEDDING],
+                lambda block: owner[HEAD].read(HEAD, block),
+                lambda block: owner[EMBEDDING].read(EMBEDDING, block),
+                str(path / CONFIG),
+            )
         self._places = {name: _Place(owner[name], *found[name]) for name in shapes}
         self.dtype = main_dtype([place.dtype for place in self._places.values()])
         self.tokenizer_path = find_tokenizer([path])
@@ -166,13 +175,16 @@ def open_shards(path: Path) -> tuple[list[Shard], dict[str, Shard]]:
 def _from_index(path: Path, index: Path) -> tuple[list[Shard], dict[str, Shard]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError("the index has no weight_map of names to files", where=str(index))
+        raise CheckpointError(
+            "the index has no weight_map of names to files", where=str(index), hint=AGAIN_HINT
+        )
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if Path(name).name != name or name in (".", "..")]
     if outside:
         raise CheckpointError(
             f"the index names files outside its folder: {listed([ascii(n) for n in outside])}",
             where=str(index),
+            hint="an index whose weight files lie beside it",
         )
     missing = [name for name in names if not (path / name).is_file()]
     if missing:

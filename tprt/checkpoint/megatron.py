@@ -9,6 +9,7 @@ on disk; that is the format's fact and stands nowhere else. Folders are the busi
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from tprt.checkpoint.reader import (
     CheckpointReader,
     TensorInfo,
     canonical_shapes,
+    check_spare_head,
     check_tensors,
     dtype_name,
     find_tokenizer,
@@ -40,6 +42,7 @@ from tprt.config import QK_PER_HEAD, QK_PER_RANK
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
 
+_SAVE_HINT = "rank files of one and the same save"
 _ENCODER = "language_model.encoder"
 # Hugging Face's name, Megatron's name, dimension cut over tensor-parallel ranks (None: replicated)
 _OUTER: tuple[tuple[str, str, int | None], ...] = (
@@ -116,8 +119,10 @@ class MegatronReader(CheckpointReader):
         self.config, self.disk_tp, mode = check_ranks_agree(grid, self.iteration_folder)
         self.disk_pp = len(grid[0])
         self._files = [rank.file for stages in grid for rank in stages]
+        self._spare_heads: list[tuple[int, TorchFile, StoredTensor]] = []
         ranks = [self._merge_stages(stages) for stages in grid]
         self._check_names(ranks, grid, mode)
+        self._check_spare_heads(ranks)
         self._entries = {
             name: self._entry(name, shape, ranks, mode)
             for name, shape in canonical_shapes(self.config).items()
@@ -192,14 +197,18 @@ class MegatronReader(CheckpointReader):
             layers = 0
             for name, tensor in tensors.items():
                 if self.config.tie_word_embeddings and name == megatron_name(HEAD)[0]:
-                    continue  # the last stage's copy of a tied embedding
+                    # The last stage's copy of the embedding, which may be on another stage.
+                    self._spare_heads.append((stages[0].tp_rank, stage.file, tensor))
+                    continue
                 match = re.fullmatch(rf"({_ENCODER}\.layers\.)(\d{{1,6}})(\..+)", name)
                 if match:
                     layers = max(layers, int(match[2]) + 1)
                     name = f"{match[1]}{int(match[2]) + offset}{match[3]}"
                 if name in merged:
                     raise CheckpointError(
-                        f"'{name}' is in two pipeline stages", where=str(stage.file.path)
+                        f"'{name}' is in two pipeline stages",
+                        where=str(stage.file.path),
+                        hint=_SAVE_HINT,
                     )
                 merged[name] = (stage.file, tensor)
             offset += layers
@@ -232,6 +241,7 @@ class MegatronReader(CheckpointReader):
             self.config = replace(self.config, eos_token_id=eos)
         local_heads = self.config.num_attention_heads // self.disk_tp
         wanted: dict[str, tuple[int, ...]] = {}
+        parts: dict[str, list[str]] = {}  # what one tensor of the model is in each rank file
         shapes = canonical_shapes(self.config)
         local = {}
         for name in shapes:
@@ -239,25 +249,40 @@ class MegatronReader(CheckpointReader):
             if key not in local:
                 local[key] = self._local_shape(name, mode)
             theirs, _ = megatron_name(name)
+            parts[theirs] = [theirs]
             if is_qk_norm(name) and mode == QK_PER_HEAD:
-                for head in range(local_heads):
-                    wanted[head_norm_name(theirs, head)] = local[key]
-            else:
-                wanted[theirs] = local[key]
+                parts[theirs] = [head_norm_name(theirs, head) for head in range(local_heads)]
+            wanted |= dict.fromkeys(parts[theirs], local[key])
         for rank, stages in zip(ranks, grid, strict=True):
             found = {name: (tensor.shape, tensor.dtype) for name, (_, tensor) in rank.items()}
             paths = [str(stage.file.path) for stage in stages]
             check_tensors(found, wanted, ", ".join(paths))
             for file, tensor in rank.values():
                 file.check_storage(tensor)
-        for name in wanted:
-            dtypes = {rank[name][1].dtype for rank in ranks}
+        # Blocks of one tensor are copied as bits, so a second dtype would be read as the first.
+        for theirs, names in parts.items():
+            dtypes = {rank[name][1].dtype for rank in ranks for name in names}
             if len(dtypes) > 1:
                 raise CheckpointError(
-                    f"'{name}' has another dtype in each rank: "
+                    f"the parts of '{theirs}' in ranks and heads have several dtypes: "
                     + ", ".join(sorted(map(dtype_name, dtypes))),
                     where=str(self.iteration_folder),
+                    hint=_SAVE_HINT,
                 )
+
+    def _check_spare_heads(self, ranks: list[dict[str, tuple[TorchFile, StoredTensor]]]) -> None:
+        for rank, head_file, head in self._spare_heads:
+            file, embedding = ranks[rank][megatron_name(EMBEDDING)[0]]
+            if head_file is file and head == embedding:
+                continue  # one storage under two names
+            check_spare_head(
+                (head.shape, head.dtype),
+                (embedding.shape, embedding.dtype),
+                partial(head_file.read, head),
+                partial(file.read, embedding),
+                str(head_file.path),
+            )
+        self._spare_heads.clear()  # they hold the files open
 
     def _entry(
         self,
@@ -319,8 +344,6 @@ class MegatronReader(CheckpointReader):
                         hint="rank files of one and the same save; or average the copies once and "
                         "save them again",
                     )
-        for file in self._files:
-            file.bytes_read = 0
 
 
 def _standard_names(tensors: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:
@@ -338,6 +361,8 @@ def _standard_names(tensors: dict[str, StoredTensor], where: str) -> dict[str, S
             name,
         )
         if name in standard:
-            raise CheckpointError(f"'{name}' is there in two spellings", where=where)
+            raise CheckpointError(
+                f"'{name}' is there in two spellings", where=where, hint=_SAVE_HINT
+            )
         standard[name] = tensor
     return standard

@@ -17,6 +17,7 @@ from tprt.errors import CheckpointError, ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FILE_NAMES = ("model_optim_rng.pt", "model_rng.pt")
+_KIND_HINT = "a model_optim_rng.pt that Megatron saved, with args and model"
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,5}))?")
 
 
@@ -87,6 +88,7 @@ def open_rank_files(folder: Path, warnings: list[str]) -> list[list[RankFile]]:
             raise CheckpointError(
                 f"'{place.name}' is not a rank folder (mp_rank_XX or mp_rank_XX_YYY)",
                 where=str(folder),
+                hint="move it away, or give it the name it was saved with",
             )
         key = (int(match[1]), int(match[2] or 0))
         with_stage.add(match[2] is not None)
@@ -231,7 +233,7 @@ def _open(place: Path, key: tuple[int, int], warnings: list[str]) -> RankFile:
     file = TorchFile(found[0])
     contents = file.contents
     if not isinstance(contents, dict):
-        raise CheckpointError("the file holds no dict", where=str(file.path))
+        raise CheckpointError("the file holds no dict", where=str(file.path), hint=_KIND_HINT)
     names = ["model"] if "model" in contents else []
     while not contents.get("model") and f"model{len(names)}" in contents:
         names.append(f"model{len(names)}")
@@ -239,7 +241,9 @@ def _open(place: Path, key: tuple[int, int], warnings: list[str]) -> RankFile:
     if not names or not isinstance(args, Inert):
         lacks = "args" if names else "model"
         raise CheckpointError(
-            f"the file has no '{lacks}'; Megatron's checkpoints do", where=str(file.path)
+            f"the file has no '{lacks}'; Megatron's checkpoints do",
+            where=str(file.path),
+            hint=_KIND_HINT,
         )
     # Only scalars describe a model; anything else in args stays unlooked at.
     scalars = {

@@ -6,10 +6,10 @@ fields; it does not decide how anything is cut.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -21,6 +21,7 @@ from tprt.checkpoint.reader import (
     check_tensors,
     dtype_name,
     find_tokenizer,
+    listed,
     main_dtype,
     normal,
     overlap,
@@ -32,12 +33,13 @@ from tprt.checkpoint.safetensors_file import (
     read_json,
 )
 from tprt.checkpoint.torch_file import AGAIN_HINT
-from tprt.config import PersimmonConfig, QKLayerNorm, RotaryPrecision
+from tprt.config import PersimmonConfig
 from tprt.distributed.sharding import Piece, ShardSpec, Slices
 from tprt.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "tprt-presharded", 1
+_ANEW_HINT = "tprt convert writes it anew"
 TensorShape = tuple[int, ...]
 _DTYPES_BY_NAME = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 
@@ -112,7 +114,10 @@ class PreshardedReader(CheckpointReader):
                 f"format {manifest.get('format')!r} version {manifest.get('version')!r} is not "
                 f"{FORMAT!r} version {VERSION}"
             )
-        self.config = build_config(_config_from_json, manifest.get("config") or {}, self._where)
+        config = manifest.get("config")
+        if not isinstance(config, dict):
+            raise self._error("it has no config")
+        self.config = build_config(_config_from_json, config, self._where)
         files = manifest.get("files")
         tp = manifest.get("tp_size")
         if type(tp) is not int or not isinstance(files, list) or len(files) != tp or tp < 1:
@@ -203,7 +208,7 @@ class PreshardedReader(CheckpointReader):
             file.close()
         self._blocks.clear()
 
-    def _error(self, what: str, hint: str = "tprt convert writes it anew") -> CheckpointError:
+    def _error(self, what: str, hint: str = _ANEW_HINT) -> CheckpointError:
         return CheckpointError(what, where=self._where, hint=hint)
 
     def _add_file(self, rank: int, entry: dict[str, Any]) -> None:
@@ -282,12 +287,21 @@ def _slices(raw: list[list[int]]) -> Slices:
 
 
 def _config_from_json(raw: dict[str, Any]) -> PersimmonConfig:
-    fields = dict(raw)
-    kind = fields.pop("model_type", None)
+    values = dict(raw)
+    kind = values.pop("model_type", None)
     if kind != PersimmonConfig.model_type:
-        raise CheckpointError(f"model_type is {kind!r}, which is not implemented", hint="persimmon")
-    for name, known in (("qk_layernorm", QKLayerNorm), ("rotary_precision", RotaryPrecision)):
-        value = fields.get(name)
-        if value is not None and value not in get_args(known):
-            raise CheckpointError(f"{name} is {value!r}", hint=", ".join(get_args(known)))
-    return PersimmonConfig(**fields)
+        raise CheckpointError(
+            f"model_type is {ascii(kind)[:80]}, which is not implemented", hint="persimmon"
+        )
+    known = {f.name: f.default is MISSING for f in fields(PersimmonConfig)}
+    unknown = values.keys() - known
+    missing = {name for name, needed in known.items() if needed} - values.keys()
+    if unknown or missing:
+        which = f"unknown: {listed([ascii(n) for n in unknown])}" if unknown else ""
+        lacks = f"missing: {listed(missing)}" if missing else ""
+        raise CheckpointError(
+            "the config has other fields than a Persimmon model's; "
+            + "; ".join(filter(None, (which, lacks))),
+            hint=_ANEW_HINT,
+        )
+    return PersimmonConfig(**values)

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tprt.checkpoint.reader import READ_HINT, TensorHeader
 from tprt.checkpoint.torch_file import AGAIN_HINT, integer_view
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
@@ -30,7 +31,6 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-TensorHeader = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -42,12 +42,14 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     try:
         if path.stat().st_size > limit:
             raise CheckpointError(
-                f"the file has {path.stat().st_size} bytes; the limit is {limit}", where=str(path)
+                f"the file has {path.stat().st_size} bytes; the limit is {limit}",
+                where=str(path),
+                hint=AGAIN_HINT,
             )
         raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=str(path)
+            f"cannot be read: {error.strerror or error}", where=str(path), hint=READ_HINT
         ) from error
     return parse_json(raw, str(path))
 
@@ -68,7 +70,7 @@ def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON ({error})", where=where, hint=AGAIN_HINT) from error
     if not isinstance(value, dict):
-        raise CheckpointError("the JSON is not an object", where=where)
+        raise CheckpointError("the JSON is not an object", where=where, hint=AGAIN_HINT)
     return value
 
 
@@ -88,7 +90,7 @@ class SafetensorsFile:
                 self.tensors = self._check_header(file)
         except OSError as error:
             raise CheckpointError(
-                f"cannot be read: {error.strerror or error}", where=str(path)
+                f"cannot be read: {error.strerror or error}", where=str(path), hint=READ_HINT
             ) from error
         try:
             self._open: Any = safe_open(str(path), framework="pt")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tprt.checkpoint.pickle_reader import MAX_PICKLE_BYTES, load_pickle
+from tprt.checkpoint.reader import READ_HINT
 from tprt.checkpoint.stand_ins import StoredStorage, StoredTensor, shown
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
@@ -28,6 +29,7 @@ CONVERT_HINT = (
     "current torch"
 )
 AGAIN_HINT = "download or copy the file again"
+_STATE_HINT = "a file whose state dict maps names to tensors, as torch.save writes it"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
 _INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
@@ -61,7 +63,7 @@ class TorchFile:
                     self._directory_start = int(getattr(archive, "start_dir", self.size))
         except OSError as error:
             raise CheckpointError(
-                f"cannot be read: {error.strerror or error}", where=str(path)
+                f"cannot be read: {error.strerror or error}", where=str(path), hint=READ_HINT
             ) from error
         except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
             raise self._error(f"its zip directory is damaged ({error})") from error
@@ -259,6 +261,7 @@ def flatten(tree: object, where: str, limit: int = 1_000_000) -> dict[str, Store
             raise CheckpointError(
                 f"the state dict has more than {limit} entries or is nested more than 32 deep",
                 where=where,
+                hint=_STATE_HINT,
             )
         if isinstance(value, dict):
             for key, inner in value.items():
@@ -266,14 +269,21 @@ def flatten(tree: object, where: str, limit: int = 1_000_000) -> dict[str, Store
                     raise CheckpointError(
                         f"the state dict has a key that is no name, under '{shown(prefix)}'",
                         where=where,
+                        hint=_STATE_HINT,
                     )
                 pending.append((f"{prefix}.{key}" if prefix else key, inner, depth + 1))
         elif isinstance(value, StoredTensor):
             if prefix in found:
-                raise CheckpointError(f"'{shown(prefix)}' is there twice", where=where)
+                raise CheckpointError(
+                    f"'{shown(prefix)}' is there twice", where=where, hint=_STATE_HINT
+                )
             found[prefix] = value
         elif isinstance(value, StoredStorage):
-            raise CheckpointError(f"'{shown(prefix)}' is a bare storage", where=where)
+            raise CheckpointError(
+                f"'{shown(prefix)}' is a bare storage", where=where, hint=_STATE_HINT
+            )
         elif depth == 0:
-            raise CheckpointError("it holds no state dict of names to tensors", where=where)
+            raise CheckpointError(
+                "it holds no state dict of names to tensors", where=where, hint=_STATE_HINT
+            )
     return found

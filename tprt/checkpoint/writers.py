@@ -269,6 +269,7 @@ def _check_specs(reader: CheckpointReader, ranks: list[dict[str, ShardSpec]]) ->
                 f"the specs of rank {rank} and the checkpoint name different tensors: "
                 f"{listed(different)}",
                 where=str(reader.path),
+                hint="the specs of a model made from this checkpoint's config",
             )
     for name, shape in shapes.items():
         pieces = [piece.canonical for cut in ranks for piece in cut[name].pieces]
