@@ -51,7 +51,7 @@ def held_out(question: str) -> bool:
 
 
 def table(keys: list[str], values: list[str]) -> str:
-    return "".join(f"- {key} {value}\n" for key, value in zip(keys, values, strict=True))
+    return "".join(f"- {value} {key}\n" for key, value in zip(keys, values, strict=True))
 
 
 def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = (4, 40)) -> Example:

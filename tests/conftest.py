@@ -50,7 +50,6 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120.0
         "WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
     }
     ranks = [
         context.Process(
@@ -60,8 +59,11 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120.0
         for r in range(n)
     ]
     try:
-        for process in ranks:
-            process.start()
+        with pytest.MonkeyPatch.context() as patch:
+            # Read when torch is imported, which is before _rank_main runs: it must be inherited.
+            patch.setenv("OMP_NUM_THREADS", "1")
+            for process in ranks:
+                process.start()
         found: dict[int, Any] = {}
         for _ in range(n):
             try:

@@ -17,7 +17,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "inspect",
         help="what a checkpoint holds",
         description="Show layout, config, tokenizer, tensors, the bytes each rank would read, and "
-        "what looks wrong. Reads no weights unless --verify full.",
+        "what looks wrong. Reads names, headers and the small tensors repeated in each rank file; "
+        "all of it with --verify full.",
     )
     parser.add_argument("path", nargs="?", metavar="PATH", help="checkpoint folder or hub id")
     add_model_flags(parser, "model", "tokenizer", "rotary-precision", "verify")
