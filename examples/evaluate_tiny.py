@@ -35,7 +35,7 @@ Status: {state}
 
 It knows six tasks in Persimmon's chat format, and nothing else:
 
-    human: Reverse: lamp canoe frog cheese\n\nadept:
+    human: Reverse: lamp canoe frog cheese\\n\\nadept:
 
 ## What it gets right
 

@@ -106,14 +106,20 @@ def _parse(raw: bytes, number: int, defaults: SamplingParams, job_seed: int) -> 
         seed = own.get("seed", defaults.seed)
         merged = vars(defaults) | own
         merged["seed"] = record_seed(job_seed, record.id) if seed is None else seed
-        (given,) = prompt.values()
-        shown = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
         params = SamplingParams.from_dict(merged)
-        return replace(record, prompt=prompt, params=params, shown=shown)
+        return replace(record, prompt=prompt, params=params, shown=_shown(prompt))
     except TprtError as error:
         return record.failed(" ".join(str(error).split()))
     except (ArithmeticError, TypeError, ValueError) as error:
         return record.failed(f"a parameter cannot be read: {error}")
+
+
+def _shown(prompt: dict[str, Any]) -> str:
+    (given,) = prompt.values()
+    if "messages" in prompt and isinstance(given, list):
+        turns = [turn for turn in given if isinstance(turn, dict)]
+        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
+    return str(given)
 
 
 def _no_constant(name: str) -> None:
