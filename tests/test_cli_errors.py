@@ -293,10 +293,9 @@ def test_convert_refuses_a_wrong_target(tmp_path, capsys):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["file"]
 
 
-def test_one_message_from_several_ranks(copy):
-    """Under --nproc the error is found before any rank starts: one message, the right code."""
-    edit(copy, 1, _missing_tensor)
-    argv, out = generate(copy, "--nproc", "2")
+def expect_of_two_ranks(model: Path, *words: str) -> None:
+    """``generate --nproc 2`` ends with 3 and says so once."""
+    argv, out = generate(model, "--nproc", "2")
     done = subprocess.run(
         [sys.executable, "-m", "tprt", *argv],
         check=False,
@@ -306,26 +305,22 @@ def test_one_message_from_several_ranks(copy):
         cwd=ROOT,
     )
     assert done.returncode == 3, done.stderr
-    assert done.stderr.count("final_layernorm.bias") == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("tprt: error:") == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert done.stderr.count(word) == 1, done.stderr
     assert nothing_left(out)
+
+
+def test_one_message_from_several_ranks(copy):
+    """Under --nproc the error is found before any rank starts: one message, the right code."""
+    edit(copy, 1, _missing_tensor)
+    expect_of_two_ranks(copy, "final_layernorm.bias")
 
 
 def test_error_found_by_the_ranks_keeps_its_code(copy):
     """NaN weights show only when read: the ranks fail, and the launcher passes their code on."""
     edit(copy, 1, _nan)
-    argv, out = generate(copy, "--nproc", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", "tprt", *argv],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=ROOT,
-    )
-    assert done.returncode == 3, done.stderr
-    assert "self_attn.dense.weight" in done.stderr and "Traceback" not in done.stderr
-    assert done.stderr.count("tprt: error:") == 1, done.stderr
-    assert nothing_left(out)
+    expect_of_two_ranks(copy, "self_attn.dense.weight")
 
 
 def test_sigterm_leaves_nothing_behind(copy):
