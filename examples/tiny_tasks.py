@@ -89,9 +89,16 @@ def make_example(task: str, rng: random.Random, lookup_lines: tuple[int, int] = 
 def make_training_example(
     task: str, rng: random.Random, lookup_lines: tuple[int, int] = (4, 40)
 ) -> Example:
-    """Draw until the question is not held out."""
+    """Draw until the question is not held out.
+
+    Half of the operands of additions are single digits: sums of units are learnt there first.
+    """
     while True:
-        example = make_example(task, rng, lookup_lines)
+        if task == "add":
+            a, b = (rng.randrange(rng.choice((10, 100))) for _ in range(2))
+            example = Example(task, f"What is {a} + {b}?", str(a + b))
+        else:
+            example = make_example(task, rng, lookup_lines)
         if not held_out(example.question):
             return example
 

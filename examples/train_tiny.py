@@ -37,7 +37,9 @@ from tiny_tasks import (
 VOCAB, HIDDEN, FFN, LAYERS, HEADS, CONTEXT = 672, 256, 768, 3, 8, 2048
 HEAD_DIM = HIDDEN // HEADS
 ROTARY_DIM, THETA, EPS = HEAD_DIM // 2, 25000.0, 1e-5
-INIT_STD = 0.02
+INIT_STD, QK_GAIN = 0.06, 1.7
+MATCHING_HEADS = HEADS // 2
+WEIGHTS = (4, 1, 2, 1, 1, 1)  # of SHORT_TASKS; adding and sorting are learnt last
 RESERVED, SPECIALS = 64, ("|SPEAKER|", "|NEWLINE|", "|ENDOFTEXT|")
 
 
@@ -115,16 +117,62 @@ class TinyPersimmon(torch.nn.Module):
         self.layers = torch.nn.ModuleList(Block() for _ in range(LAYERS))
         self.final_layernorm = torch.nn.LayerNorm(HIDDEN, eps=EPS)
         self.lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                deep = name.endswith(("dense.weight", "dense_4h_to_h.weight"))
-                torch.nn.init.normal_(p, std=INIT_STD / (math.sqrt(2 * LAYERS) if deep else 1.0))
-            elif name.endswith("bias"):
-                torch.nn.init.zeros_(p)
         inv_freq = THETA ** (-torch.arange(0, ROTARY_DIM, 2).float() / ROTARY_DIM)
+        self.initialize(inv_freq)
         angles = torch.arange(CONTEXT).float()[:, None] * inv_freq
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+
+    @torch.no_grad()
+    def initialize(self, inv_freq: torch.Tensor) -> None:
+        """Random weights, save that half the heads of two layers start out matching tokens.
+
+        From a plain random start, looking up stays at chance for hours of CPU: the circuit for it
+        (one layer moves each token's predecessor to it, the next attends to equal tokens) is rare.
+        So the first layer's ``MATCHING_HEADS`` start as previous-token heads, by their biases, and
+        the second layer's start with equal query and key weights. What they carry is all learnt.
+        """
+        for name, p in self.named_parameters():
+            if name.startswith("embed_tokens"):
+                torch.nn.init.normal_(p)  # tokens stay apart under the first layers' outputs
+            elif name.startswith("lm_head"):
+                torch.nn.init.normal_(p, std=0.02)
+            elif name.endswith("dense_4h_to_h.weight"):
+                torch.nn.init.zeros_(p)
+            elif p.dim() == 2:
+                deep = name.endswith("dense.weight")
+                torch.nn.init.normal_(p, std=INIT_STD / (math.sqrt(2 * LAYERS) if deep else 1.0))
+            elif name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+                torch.nn.init.constant_(p, QK_GAIN)
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(p)
+        half = ROTARY_DIM // 2
+        # Logit of distance d: sum of share * cos(inv_freq * (d - 1)), its peak at 1.
+        share = torch.zeros(half)
+        share[:5] = torch.tensor([0.5, 0.28, 0.12, 0.06, 0.04])
+        radius = (share * HEAD_DIM).sqrt()
+        phase = torch.full((half,), -math.pi / 4)
+        first = self.layers[0].query_key_value
+        weight = first.weight.view(HEADS, 3, HEAD_DIM, HIDDEN)[:MATCHING_HEADS]
+        bias = first.bias.view(HEADS, 3, HEAD_DIM)[:MATCHING_HEADS]
+        weight[:, :2] *= 0.02
+        for part, angle in ((0, phase - inv_freq), (1, phase)):
+            bias[:, part, :half] = radius * angle.cos()
+            bias[:, part, half:ROTARY_DIM] = radius * angle.sin()
+            # The head's layernorm takes the mean away; the unrotated part makes it zero already.
+            bias[:, part, ROTARY_DIM:] = -bias[0, part, :ROTARY_DIM].sum() / (HEAD_DIM - ROTARY_DIM)
+        weight = self.layers[1].query_key_value.weight.view(HEADS, 3, HEAD_DIM, HIDDEN)
+        weight[:MATCHING_HEADS, 0, :ROTARY_DIM] *= 0.25  # equal tokens match at any distance
+        weight[:MATCHING_HEADS, 1] = weight[:MATCHING_HEADS, 0]
+
+    def matching(self) -> list[torch.Tensor]:
+        """Views of the queries' and keys' weights and biases of the heads that start matching."""
+        found = []
+        for layer in self.layers[:2]:
+            qkv = layer.query_key_value
+            found.append(qkv.weight.detach().view(HEADS, 3, HEAD_DIM, HIDDEN)[:MATCHING_HEADS, :2])
+            found.append(qkv.bias.detach().view(HEADS, 3, HEAD_DIM)[:MATCHING_HEADS, :2])
+        return found
 
     def forward(self, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits [len(rows), VOCAB] at the flat positions ``rows`` of ids [batch, length]."""
@@ -171,21 +219,22 @@ class Data:
         ids: list[int] = []
         targets: list[int] = []
         while True:
-            task = self.rng.choice(SHORT_TASKS)
+            task = self.rng.choices(SHORT_TASKS, weights=WEIGHTS)[0]
             before = len(ids)
             self.turn(make_training_example(task, self.rng, lookup_lines), ids, targets)
             if len(ids) > length:
                 return ids[:before], targets[:before]
 
     def lookup_row(self, lines: tuple[int, int], questions: int) -> tuple[list[int], list[int]]:
-        """One table and many questions about it: many look-ups for the price of one long row."""
+        """One table, many different questions: many look-ups for the price of one long row."""
         ids: list[int] = []
         targets: list[int] = []
         first = make_training_example("lookup", self.rng, lines)
         self.turn(first, ids, targets)
-        rows = [line[2:] for line in first.question.split("\n")[:-1]]
-        for _ in range(questions - 1):
-            value, key = self.rng.choice(rows).split()
+        asked = first.answer.split()[0]
+        rows = [line[2:].split() for line in first.question.split("\n")[:-1]]
+        rows = [row for row in rows if row[1] != asked]
+        for value, key in self.rng.sample(rows, min(len(rows), questions - 1)):
             follow = Example("lookup", f"What is {key}?", f"{key} {value}")
             self.turn(follow, ids, targets)
         return ids, targets
@@ -193,12 +242,12 @@ class Data:
     def batch(self, kind: str, most_lines: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """ids [rows, length], flat positions that carry loss, and their targets."""
         if kind == "short":
-            rows = [self.row(256, (2, min(40, most_lines))) for _ in range(32)]
+            rows = [self.row(256, (4, min(40, most_lines))) for _ in range(32)]
         else:
             questions = 12
             longest = 4 * most_lines + 12 * questions
             count = max(6, 8192 // longest)
-            rows = [self.lookup_row((2, most_lines), questions) for _ in range(count)]
+            rows = [self.lookup_row((4, most_lines), questions) for _ in range(count)]
         longest = max(len(ids) for ids, _ in rows)
         x = torch.full((len(rows), longest), self.eod)
         y = torch.full((len(rows), longest), -1)
@@ -244,10 +293,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 class Curriculum:
     """Looking up is learnt on tables of a few lines and then stretched as long as it holds."""
 
-    shortest, longest, growth, good = 3, 248, 1.15, 0.1
+    shortest, longest, growth, good = 12, 248, 1.15, 0.1
 
     def __init__(self) -> None:
         self.lines, self.loss = float(self.shortest), 3.0
+
+    @property
+    def every(self) -> int:
+        """One batch of so many is look-ups."""
+        return 2 if self.lines < self.longest else 4
 
     def observe(self, loss: float) -> None:
         self.loss = 0.9 * self.loss + 0.1 * loss
@@ -260,7 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--log-every", type=int, default=100)
@@ -275,23 +329,31 @@ def main() -> None:
     model = TinyPersimmon()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 
-    decay = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    hidden = [p for p in model.layers.parameters() if p.dim() == 2]
+    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "layers" not in n]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=args.lr / 10, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    peaks = [args.lr, args.lr / 10]
+    matching = model.matching()
     began, tokens, shown, curriculum = time.perf_counter(), 0, 0.0, Curriculum()
     for step in range(args.steps):
-        kind = ("short", "lookup")[step % 2]
+        kind = "lookup" if step % curriculum.every == 0 else "short"
         x, rows, y = data.batch(kind, int(curriculum.lines))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, peak)
+            optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(x, rows)
         loss = F.cross_entropy(logits.float(), y)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        before = [part.clone() for part in matching]
+        for optimizer in optimizers:
+            optimizer.step()
+        for part, old in zip(matching, before, strict=True):
+            part.lerp_(old, 0.95)  # at full speed they are lost before their use is found
         tokens += x.numel()
         if kind == "lookup":
             curriculum.observe(loss.item())
@@ -311,7 +373,6 @@ def main() -> None:
     rounded.load_state_dict(state)
     report = judge(rounded, data, count=300)
     report |= {"steps": args.steps, "tokens": tokens, "loss": round(shown, 4)}
-    report |= {"state": "trained to the end of its schedule."}
     report |= {"minutes": round((time.perf_counter() - began) / 60, 1), "seed": args.seed}
     (args.output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))

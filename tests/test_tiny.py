@@ -41,7 +41,6 @@ def answers() -> dict[int, tuple[dict, list[str]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the shipped weights are not trained to the end yet")
 def test_accuracy_on_held_out_prompts(answers):
     for size, (report, _) in answers.items():
         assert report["short"] >= 0.95, (size, report)
