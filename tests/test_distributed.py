@@ -14,7 +14,7 @@ def _mesh_axis() -> list:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
-    from tprt.distributed.communication import all_gather, all_reduce, broadcast_json, gather_json
+    from tprt.distributed.communication import all_gather, all_reduce, broadcast_record, gather_json
     from tprt.distributed.tp_group import init_tp_group
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -28,8 +28,10 @@ def _mesh_axis() -> list:
         mine = torch.tensor([float(dist.get_rank())])
         total = all_reduce(mine.clone(), tp).item()
         rows = all_gather(mine, tp).flatten().tolist()
-        said = broadcast_json({"from": dist.get_rank(), "text": "é" * (dist.get_rank() + 1)}, tp)
-        seen.append((tp.rank, tp.size, total, rows, said["from"], gather_json(dist.get_rank(), tp)))
+        said = broadcast_record(torch.tensor([dist.get_rank()]), tp).item()
+        everyone = gather_json({"é" * dist.get_rank(): dist.get_rank()}, tp)
+        ranks = [next(iter(value.values())) for value in everyone]
+        seen.append((tp.rank, tp.size, total, rows, said, ranks))
         tp.close()
     dist.destroy_process_group()
     return seen

@@ -136,15 +136,29 @@ def oracle(tmp_path_factory) -> Path:
 
 def cached_logits(llm, ids: list[int], prompt: int) -> torch.Tensor:
     """Prefill the prompt in one pass, then one cached step per further token."""
-    from tprt.engine.sequence import Request, Sequence
-    from tprt.sampling_params import SamplingParams
+    import numpy as np
+
+    from tprt.engine.step_record import ALL_LOGITS, Kind, SlotOptions, StepRecord
 
     engine = llm._engine
-    seq = Sequence(Request(ids, SamplingParams(), 0, 0), 0, 0)
-    seq.block_table = engine.allocator.allocate(engine.blocks_for(len(ids)))
-    parts = [engine.runner.logits((seq, prompt))]
-    parts += [engine.runner.logits((seq, 1)) for _ in range(len(ids) - prompt)]
-    engine.allocator.free(seq.block_table)
+    last = engine.blocks.num_blocks - 1
+    blocks = [last - i for i in range(-(-len(ids) // engine.config.block_size))]
+    engine.blocks.forget(blocks)  # they are overwritten behind the block manager's back
+    more = {
+        "options": SlotOptions(slot=0, seed_key=0, temperature=0.0).encode(),
+        "blocks": np.array([[0, i, block] for i, block in enumerate(blocks)]),
+    }
+    parts, start = [], 0
+    for count in [prompt] + [1] * (len(ids) - prompt):
+        record = StepRecord(
+            step=0,
+            kind=Kind.STEP,
+            rows=np.array([[0, start, count, ALL_LOGITS]]),
+            tokens=np.array(ids[start : start + count]),
+            **more,
+        )
+        parts += engine.runner.execute(record, 0).logits
+        start, more = start + count, {}
     return torch.cat(parts)
 
 

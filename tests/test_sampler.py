@@ -1,12 +1,18 @@
 """Noise and sampler: the distribution is right, and the draw depends on the row alone."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.noise import NON_FINITE, arrival_seed, gumbel, sequence_key, token_table
-from tprt.engine.sampler import Sampler, SamplingTensors, truncate
+from tprt.engine.record_builder import banned_ids, slot_options
+from tprt.engine.sampler import DrawRows, Sampler, pack, truncate, unpack
+from tprt.engine.scheduler import Row
 from tprt.engine.sequence import Request, Sequence
+from tprt.engine.slot_state import SlotState
 from tprt.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -15,15 +21,38 @@ EOD = 3
 
 def sequence(seed: int = 0, generated: int = 0, index: int = 0, **params) -> Sequence:
     params = SamplingParams(**{"max_tokens": 1000, **params})
-    seq = Sequence(Request([1, 2], params, 1000, seed), 0, index)
-    seq.token_ids = [0] * generated
+    seq = Sequence(request=Request([1, 2], params, 1000, seed), index=index)
+    seq.ids += [0] * generated
     return seq
 
 
 def draw(logits: torch.Tensor, sequences: list[Sequence], **sizes) -> list[int]:
-    part = sizes.get("part", logits.shape[1])
-    sampler = Sampler(TPGroup(), part, sizes.get("num_valid", logits.shape[1]))
-    return sampler(logits.clone(), SamplingTensors.of(sequences, EOD, CPU)).tolist()
+    sampler = Sampler(TPGroup(), logits.shape[1], sizes.get("num_valid", logits.shape[1]))
+    state, rows = rows_of(sequences, logits.shape[1])
+    logits = sampler.mask_padding(logits.clone())
+    tokens, digests = sampler(logits, rows, state, torch.tensor([3, -4]))
+    assert digests.tolist() == [[3, -4]]
+    return tokens.tolist()
+
+
+def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]:
+    """Each sequence in a slot of its own, about to draw its next token."""
+    state = SlotState(len(sequences), 1, vocab, CPU)
+    for slot, seq in enumerate(sequences):
+        state.begin(replace(slot_options(seq), slot=slot))
+    bans = [
+        (row, token)
+        for row, seq in enumerate(sequences)
+        for token in banned_ids(Row(seq, 0, seq.num_tokens, True), EOD)
+    ]
+    rows = DrawRows(
+        slots=list(range(len(sequences))),
+        slot_index=torch.arange(len(sequences)),
+        positions=torch.tensor([seq.num_tokens for seq in sequences]),
+        bans=bans,
+        full=any(seq.request.params.needs_whole_row for seq in sequences),
+    )
+    return state, rows
 
 
 def test_noise_is_gumbel():
@@ -82,19 +111,11 @@ def test_plain_and_full_draw_the_same_token():
 
 def test_top_k_top_p_min_p_keep_what_they_say():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.0]]).repeat(6, 1)
-    options = SamplingTensors.of(
-        [
-            sequence(temperature=1.0, top_k=2),
-            sequence(temperature=1.0, top_k=1000),
-            sequence(temperature=1.0, top_p=0.5),
-            sequence(temperature=1.0, top_p=0.75),
-            sequence(temperature=1.0, min_p=0.3),
-            sequence(temperature=1.0, top_k=3, top_p=0.01),
-        ],
-        EOD,
-        CPU,
-    )
-    kept = [row.isfinite().nonzero().flatten().tolist() for row in truncate(logits, options)]
+    top_k = torch.tensor([2, 1000, 0, 0, 0, 3])
+    top_p = torch.tensor([1.0, 1.0, 0.5, 0.75, 1.0, 0.01])
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.3, 0.0])
+    left = truncate(logits, top_k, top_p, min_p)
+    kept = [row.isfinite().nonzero().flatten().tolist() for row in left]
     # softmax: .52 .19 .07 .03 .19; ids 1 and 4 tie and the lower one is kept first
     assert kept == [[0, 1], [0, 1, 2, 3, 4], [0], [0, 1, 4], [0, 1, 4], [0]]
 
@@ -145,3 +166,91 @@ def test_values_below_the_range_of_float32():
     logits = torch.tensor([[0.0, 1.0, 2.0, 1.0]])
     assert draw(logits, [sequence(temperature=1e-40)]) == [2]
     assert draw(logits, [sequence(temperature=1.0, top_p=1e-46)]) == [2]
+
+
+def test_packed_scores_compare_as_floats_and_prefer_low_ids():
+    values = [-float("inf"), -3.5, -1e-30, -0.0, 1e-30, 2.0, float("inf"), float("nan")]
+    scores = torch.tensor(values)
+    packed = pack(scores, torch.arange(8) + 70000)
+    assert packed.tolist() == sorted(packed.tolist())
+    ids, finite = unpack(packed)
+    assert ids.tolist() == list(range(70000, 70008))
+    assert finite.tolist() == [False, True, True, True, True, True, False, False]
+    tie = pack(torch.tensor([2.0, 2.0]), torch.tensor([9, 8]))
+    assert tie[1] > tie[0]
+
+
+def penalized(logits: torch.Tensor, prompt: list[int], drawn: list[int], p: SamplingParams):
+    """Penalties and bias of one row, written out id by id."""
+    out = logits.double().clone()
+    for i in range(len(out)):
+        if i in prompt or i in drawn:
+            out[i] = out[i] / p.repetition_penalty if out[i] > 0 else out[i] * p.repetition_penalty
+        out[i] -= p.frequency_penalty * drawn.count(i) + p.presence_penalty * (i in drawn)
+        out[i] += dict(p.logit_bias).get(i, 0.0)
+        if p.allowed_token_ids is not None and i not in p.allowed_token_ids:
+            out[i] = -float("inf")
+    return out.float()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_penalties_and_bias_against_a_plain_reference(seed):
+    """Counts are kept on the device across draws and across a preemption."""
+    rng = random.Random(seed)
+    p = SamplingParams(
+        temperature=0.0,
+        repetition_penalty=rng.choice([1.0, 0.7, 1.8]),
+        presence_penalty=rng.choice([0.0, 1.5, -1.0]),
+        frequency_penalty=rng.choice([0.0, 0.6]),
+        logit_bias=rng.choice([None, {3: 2.5, "7": -100.0}]),
+        allowed_token_ids=rng.choice([None, [1, 3, 4, 7, 9]]),
+    )
+    prompt, vocab = [rng.randrange(12) for _ in range(6)], 12
+    seq = Sequence(request=Request(prompt, p, 1000, 0), slot=0)
+    state = SlotState(2, 1, vocab, CPU)
+    state.begin(slot_options(seq))
+    for step in range(12):
+        logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(100 * seed + step))
+        adjusted = logits.clone()
+        state.adjust(adjusted, [0])
+        torch.testing.assert_close(adjusted[0], penalized(logits[0], prompt, seq.token_ids, p))
+        token = int(adjusted.argmax())
+        state.take(torch.tensor([0]), [0], torch.tensor([token]))
+        seq.ids.append(token)
+        if step == 6:
+            state.begin(slot_options(seq))  # the slot is taken anew, with all of its history
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.15},
+        {"top_k": 4, "top_p": 0.8, "min_p": 0.05},
+        {"logit_bias": {1: 1.5, 4: -2.0}},
+        {"allowed_token_ids": [0, 2, 5]},
+        {"repetition_penalty": 1.7, "presence_penalty": 0.4},
+    ],
+)
+def test_chi_square_against_the_exact_distribution(options):
+    """20,000 draws in ``full`` against probabilities computed in float64 from the definitions."""
+    logits = torch.tensor([1.2, 0.3, -0.7, 0.9, 0.0, -1.5])
+    params = SamplingParams(temperature=0.9, max_tokens=1000, **options)
+    row = penalized(logits, [1, 2], [], params) / 0.9
+    probabilities = row.double().softmax(0)
+    probabilities[probabilities < params.min_p * probabilities.max()] = 0
+    order = probabilities.argsort(descending=True, stable=True)
+    keep = order[: params.top_k] if params.top_k else order
+    kept = probabilities[keep] / probabilities[keep].sum()
+    before = kept.cumsum(0) - kept
+    keep, kept = keep[before < params.top_p], kept[before < params.top_p]
+    expected = torch.zeros(6, dtype=torch.float64).index_put((keep,), kept / kept.sum())
+
+    count = 20000
+    rows = [sequence(seed=11 + i, **options, temperature=0.9) for i in range(count)]
+    found = torch.bincount(torch.tensor(draw(logits.expand(count, 6), rows)), minlength=6).double()
+    assert found[expected == 0].sum() == 0
+    wanted = expected[expected > 0] * count
+    statistic = ((found[expected > 0] - wanted) ** 2 / wanted).sum().item()
+    assert statistic < 27.9  # chi-square, 5 degrees of freedom: 4e-5

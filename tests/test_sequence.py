@@ -32,7 +32,7 @@ class Letters:
 
 def feed(tokens, max_tokens=100, **params) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, **params)
-    seq = Sequence(Request([5], params, max_tokens, 0), 0, 0, Letters())
+    seq = Sequence(request=Request([5], params, max_tokens, 0), detokenizer=Letters())
     for token in tokens:
         if seq.append(token, EOD):
             break

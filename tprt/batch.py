@@ -16,6 +16,7 @@ class ForwardBatch:
         positions: int64 [T], the absolute position of each token.
         slot_mapping: int64 [T], where each token's key and value go: block * block_size + offset.
         block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
+        slots: int64 [B], the row of each sequence in per-sequence state.
         query_lens: tokens of each sequence in this pass (host side, B entries).
         context_lens: tokens of each sequence already cached before this pass (host side, B entries).
         logits_rows: int64 [R], the flat rows whose logits are wanted.
@@ -25,6 +26,7 @@ class ForwardBatch:
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
+    slots: torch.Tensor
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     logits_rows: torch.Tensor

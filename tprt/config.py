@@ -261,11 +261,14 @@ class EngineConfig:
     Args:
         dtype: of weights, activations and KV cache: bfloat16, float32 or float16.
         max_num_seqs: most sequences in one step.
-        max_num_batched_tokens: most prompt tokens computed in one forward pass.
+        max_num_batched_tokens: most tokens in one step, of prompts and completions together.
         max_model_len: most tokens of prompt and completion; None means the model's own limit.
         block_size: tokens per KV block.
         kv_cache_memory: bytes of KV cache per rank; None means 1 GiB on a CPU, and on a GPU what
             gpu_memory_utilization leaves after the weights.
+        enable_prefix_caching: share KV blocks between requests that begin alike.
+        look_ahead: steps that are planned before the last one's tokens are read: 1, or 0 to wait.
+        record_path: file that gets every step record, for replay; None writes none.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
         seed: feeds the draws of requests that bring no seed of their own.
     """
@@ -277,6 +280,9 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    look_ahead: int = 1
+    record_path: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -292,6 +298,14 @@ class EngineConfig:
                 raise ConfigError(
                     f"{name} must be a positive whole number, not {value!r}", hint="1 or more"
                 )
+        if self.look_ahead not in (0, 1) or isinstance(self.look_ahead, bool):
+            raise ConfigError(f"look_ahead is {self.look_ahead!r}", hint="0 or 1")
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise ConfigError(
+                f"enable_prefix_caching is {self.enable_prefix_caching!r}", hint="true or false"
+            )
+        if self.record_path is not None and not isinstance(self.record_path, str):
+            raise ConfigError(f"record_path is {self.record_path!r}", hint="a file name")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a whole number, not {self.seed!r}", hint="0")
         share = self.gpu_memory_utilization

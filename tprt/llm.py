@@ -6,26 +6,31 @@ root logger nor stdout. Knows no command line and no HTTP.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, TypeVar
+from types import SimpleNamespace, TracebackType
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import torch
 
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
-from tprt.distributed.communication import broadcast_json, gather_json
+from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import init_tp_group, launched_size
-from tprt.engine.llm_engine import LLMEngine, Progress
+from tprt.engine.input_processor import InputProcessor, Prompt
+from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
-from tprt.engine.noise import arrival_seed
-from tprt.engine.outputs import RequestOutput
+from tprt.engine.outputs import RequestOutput, StreamEvent
 from tprt.engine.sequence import Request
+from tprt.engine.sequence import Sequence as EngineSequence
+from tprt.engine.streaming import RequestStream
 from tprt.errors import (
     ConfigError,
     OutOfMemoryPlan,
+    OutputError,
+    PeerLost,
     RankMismatch,
     TokenizerError,
     TprtError,
@@ -34,12 +39,12 @@ from tprt.errors import (
 from tprt.log import get_logger
 from tprt.models import get_model_class
 from tprt.sampling_params import SamplingParams
-from tprt.tokenizer import Tokenizer, check_vocab, eos_warnings, render_chat
+from tprt.tokenizer import Tokenizer, check_vocab, eos_warnings
 
 logger = get_logger(__name__)
 T = TypeVar("T")
 
-Prompt = str | dict[str, Any]
+Progress = Callable[[int, int], None]
 GIB = 2**30
 CPU_KV_CACHE_MEMORY = 1 * GIB
 
@@ -104,7 +109,8 @@ class LLM:
         except BaseException:
             self.tp.close()
             raise
-        self._arrivals = 0
+        self._requests: dict[int, RequestStream] = {}
+        self._stepping = False
         for warning in [*reader.warnings, *eos_warnings(self.tokenizer, self.config.eos_token_id)]:
             logger.warning("%s", warning)
         logger.info(
@@ -117,7 +123,7 @@ class LLM:
             self.engine_config.dtype,
             self.rotary_precision,
             reader.bytes_read / 1e6,
-            self._engine.allocator.capacity,
+            self._engine.blocks.capacity,
             self.engine_config.block_size,
             time.perf_counter() - began,
         )
@@ -140,20 +146,47 @@ class LLM:
                 model,
                 self.tp,
                 dtype,
-                num_blocks,
-                block_size,
-                self.num_valid_ids,
-                self.tokenizer.eod_id,
+                num_blocks=num_blocks,
+                block_size=block_size,
+                max_num_seqs=self.engine_config.max_num_seqs,
+                max_model_len=self.max_model_len,
+                num_valid=self.num_valid_ids,
             )
         )
+        self._record_file = self._together(self._open_record_file)
         self._running: LLMEngine | None = LLMEngine(
-            runner, self.tokenizer, self.engine_config, num_blocks, self.tp
+            runner, self.tokenizer, self.engine_config, num_blocks, self.tp, self._record_file
         )
+        cached = self._running.blocks.capacity * block_size
+        self._inputs = InputProcessor(
+            self.tokenizer,
+            self.num_valid_ids,
+            min(self.max_model_len, cached),
+            self.engine_config.seed,
+        )
+
+    def _open_record_file(self) -> BinaryIO | None:
+        path = self.engine_config.record_path
+        if path is None or self.tp.rank != 0:
+            return None
+        try:
+            return open(path, "wb")
+        except OSError as error:
+            raise OutputError(
+                f"the record file cannot be written: {error.strerror}",
+                where=path,
+                hint="another engine.record_path",
+            ) from error
 
     @property
     def _engine(self) -> LLMEngine:
         if self._running is None:
             raise ConfigError("this LLM is closed", hint="make another one")
+        if self._running.broken:
+            raise RankMismatch(
+                "the ranks of this LLM have computed different things before",
+                hint="close it and make another one",
+            )
         return self._running
 
     def _agree_on_blocks(self, bytes_per_block: int) -> int:
@@ -204,24 +237,9 @@ class LLM:
         for failed in gather_json(error and error.to_json(), self.tp):
             if failed is not None:
                 raise TprtError.from_json(failed) from error
-        assert value is not None
-        return value
+        return cast(T, value)
 
-    def _from_rank0(self, make: Callable[[], T]) -> T:
-        """``make()`` of rank 0 on every rank; an error of rank 0 is raised on every rank."""
-        value, error = _attempt(make) if self.tp.rank == 0 else (None, None)
-        answer = broadcast_json({"value": value, "error": error and error.to_json()}, self.tp)
-        if answer["error"] is not None:
-            raise TprtError.from_json(answer["error"]) from error
-        return answer["value"]
-
-    @property
-    def max_request_len(self) -> int:
-        """Most tokens of prompt and completion that model and cache can hold."""
-        cached = self._engine.allocator.capacity * self.engine_config.block_size
-        return min(self.max_model_len, cached)
-
-    def make_request(self, prompt: Prompt, params: SamplingParams, arrival: int = 0) -> Request:
+    def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Turn a prompt into ids and check that it can ever fit. Local to this rank.
 
         Args:
@@ -232,53 +250,7 @@ class LLM:
             ConfigError: the prompt has another form, no tokens, an id out of range, or together with
                 max_tokens is longer than the model or the cache allows.
         """
-        ids = self._prompt_ids(prompt)
-        if not ids:
-            raise ConfigError("the prompt has no tokens", hint="a text, or bos_policy=bos")
-        limit = self.max_request_len
-        room = limit - len(ids)
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if room < 1 or max_tokens > room:
-            wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
-            raise ConfigError(
-                f"{len(ids)} prompt tokens{wanted} are more than the {limit} that fit",
-                hint="a shorter prompt, fewer max_tokens, or a larger max_model_len or KV cache",
-            )
-        seed = params.seed
-        if seed is None:
-            seed = arrival_seed(self.engine_config.seed, arrival)
-        return Request(ids, params, max_tokens, seed)
-
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        if isinstance(prompt, dict) and len(prompt) == 1:
-            (kind, value), *_ = prompt.items()
-            if kind == "prompt" and isinstance(value, str):
-                return self.tokenizer.encode(value)
-            if kind == "messages":
-                return self.tokenizer.encode(render_chat(value))
-            if kind == "prompt_token_ids":
-                return self._check_ids(value)
-        raise ConfigError(
-            f"a prompt must be a text or a mapping, not {str(prompt)[:80]!r}",
-            hint='a text, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}',
-        )
-
-    def _check_ids(self, ids: Any) -> list[int]:
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
-            raise ConfigError(
-                f"token ids must be a list of whole numbers, not {str(ids)[:80]!r}",
-                hint="for example [5, 6, 7]",
-            )
-        wrong = [i for i in ids if not 0 <= i < self.num_valid_ids]
-        if wrong:
-            raise ConfigError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.num_valid_ids}",
-                hint="ids of this model's own tokenizer",
-            )
-        return list(ids)
+        return self._inputs.request(prompt, params, self._engine.num_arrivals)
 
     def generate(
         self,
@@ -292,26 +264,136 @@ class LLM:
         Args:
             prompts: one prompt or a list (see ``make_request``); ignored on ranks above 0.
             sampling_params: one for all prompts, or one for each; None means the defaults.
-            progress: called on rank 0 after each pass with (finished sequences, tokens so far).
+            progress: called on rank 0 after each step with (finished sequences, tokens so far).
 
         Raises:
             ConfigError: a prompt or parameter is wrong; on every rank, and nothing was generated.
+            RankMismatch: the ranks are in different calls, or did not compute the same.
         """
+        if self.tp.rank != 0:
+            return [RequestOutput.from_json(o) for o in self._engine.serve("generate")[0]]
 
-        def make() -> list[list[Any]]:
-            pairs = _pair(prompts, sampling_params)
-            requests = [
-                self.make_request(prompt, params, self._arrivals + i)
-                for i, (prompt, params) in enumerate(pairs)
-            ]
-            return [[r.prompt_token_ids, vars(r.params), r.max_tokens, r.seed] for r in requests]
+        with self._leading("generate") as answer:
+            added = self._add_all(prompts, sampling_params)
+            everyone = [seq for sequences in added for seq in sequences]
+            finished = 0
+            while not self._engine.idle:
+                finished += len(self._engine.step())
+                if progress is not None:
+                    progress(finished, sum(len(s.ids) - s.num_prompt_tokens for s in everyone))
+            outputs = [self._engine.collect(sequences) for sequences in added]
+            if self._engine.wants_answer:
+                answer.value = [output.to_json() for output in outputs]
+        return outputs
 
-        rows = self._from_rank0(make)
-        requests = [Request(i, SamplingParams.from_dict(p), m, s) for i, p, m, s in rows]
-        self._arrivals += len(requests)
-        outputs = self._engine.generate(requests, progress if self.tp.rank == 0 else None)
-        sent = broadcast_json([o.to_json() for o in outputs or []], self.tp)
-        return outputs if outputs is not None else [RequestOutput.from_json(o) for o in sent]
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamEvent]:
+        """Complete every prompt and give out text as it comes; events on rank 0, none on the others.
+
+        The other ranks must run through the iterator too. A reader that stops early ends the call;
+        what it has not read is dropped.
+
+        Raises:
+            ConfigError, RankMismatch: as ``generate``, at the first event.
+        """
+        if self.tp.rank != 0:
+            self._engine.serve("stream")
+            return
+        with self._leading("stream"):
+            added = self._add_all(prompts, sampling_params)
+            streams = [RequestStream(i, sequences) for i, sequences in enumerate(added)]
+            while streams:
+                self._engine.step()
+                yield from self._events(streams)
+                streams = [stream for stream in streams if not stream.finished]
+            while not self._engine.idle:
+                self._engine.step()
+
+    def _events(self, streams: Iterable[RequestStream]) -> Iterator[StreamEvent]:
+        for stream in streams:
+            output = self._engine.collect(stream.sequences) if stream.finished else None
+            yield from stream.events(output)
+
+    def add_request(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> int:
+        """Queue a prompt for ``step``; returns its id. Rank 0 only; the others sit in ``follow``.
+
+        Raises:
+            ConfigError: the prompt is wrong, or this is not rank 0.
+        """
+        self._lead_only("add_request")
+        request = self.make_request(prompt, sampling_params or SamplingParams())
+        request_id = self._engine.num_arrivals
+        self._requests[request_id] = RequestStream(request_id, self._engine.add(request))
+        return request_id
+
+    def step(self) -> list[StreamEvent]:
+        """Run one step of the requests added; what it brought. Nothing to do gives no events.
+
+        Raises:
+            ConfigError: this is not rank 0.
+            RankMismatch: a rank is in another call, or did not compute the same.
+        """
+        self._lead_only("step")
+        if not self._requests and self._engine.idle:
+            return []
+        if not self._stepping:
+            self._engine.begin_call("step")
+            self._stepping = True
+        try:
+            self._engine.step()
+        except BaseException:
+            self._requests.clear()
+            self._engine.abort_all()
+            raise
+        events = list(self._events(self._requests.values()))
+        for request_id in [i for i, stream in self._requests.items() if stream.finished]:
+            del self._requests[request_id]
+        self._stop_stepping_when_idle()
+        return events
+
+    def abort(self, request_id: int) -> list[StreamEvent]:
+        """End a request where it stands; its last events, with finish_reason "abort".
+
+        An id that is unknown or has finished gives none. Raises ConfigError when not rank 0.
+        """
+        self._lead_only("abort")
+        stream = self._requests.pop(request_id, None)
+        if stream is None:
+            return []
+        self._engine.abort(stream.sequences)
+        events = list(self._events([stream]))
+        self._stop_stepping_when_idle()
+        return events
+
+    def _stop_stepping_when_idle(self) -> None:
+        if self._stepping and not self._requests:
+            while not self._engine.idle:
+                self._engine.step()
+            self._engine.end_call()
+            self._stepping = False
+
+    def _lead_only(self, name: str) -> None:
+        if self.tp.rank != 0:
+            raise ConfigError(
+                f"{name}() was called on rank {self.tp.rank}",
+                hint="drive steps on rank 0 while the other ranks sit in follow()",
+            )
+
+    def _add_all(
+        self,
+        prompts: Prompt | Sequence[Prompt] | None,
+        params: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[list[EngineSequence]]:
+        """Queue every prompt, or none of them when one is wrong."""
+        first = self._engine.num_arrivals
+        requests = [
+            self._inputs.request(prompt, each, first + i)
+            for i, (prompt, each) in enumerate(_pair(prompts, params))
+        ]
+        return [self._engine.add(request) for request in requests]
 
     def logits(self, token_ids: Sequence[int] | None) -> torch.Tensor:
         """Logits at every position, float32 [T, vocab_size], the same on every rank.
@@ -319,25 +401,111 @@ class LLM:
         Raises:
             ConfigError: no ids, an id out of range, or more than the model or cache can hold.
         """
+        if self.tp.rank != 0:
+            return torch.cat(self._engine.serve("logits")[1])
 
-        def make() -> list[int]:
-            ids = self._check_ids(token_ids)
-            if not 1 <= len(ids) <= self.max_request_len:
+        with self._leading("logits"):
+            (seq,) = self._engine.add(self._inputs.given(token_ids), wants_logits=True)
+            while not self._engine.idle:
+                self._engine.step()
+        return torch.cat(seq.logits)
+
+    def score(self, token_ids: Sequence[Sequence[int]] | None) -> list[list[float | None]]:
+        """Log-probability of each given id after those before it, the same on every rank.
+
+        The head is computed a few rows at a time, so a long text needs no [T, vocab_size] memory.
+
+        Args:
+            token_ids: one list of ids per text; ignored on ranks above 0.
+
+        Returns:
+            One list per text, as long as it; its first entry is None.
+
+        Raises:
+            ConfigError: as ``logits``, for any of the texts; nothing was scored.
+        """
+        if self.tp.rank != 0:
+            return cast(list[list[float | None]], self._engine.serve("score")[0])
+
+        with self._leading("score") as answer:
+            if not isinstance(token_ids, list | tuple):
                 raise ConfigError(
-                    f"logits of {len(ids)} tokens asked, allowed are 1 to {self.max_request_len}",
-                    hint="a shorter text, or a larger max_model_len or kv_cache_memory",
+                    f"score needs a list of lists of ids, not {type(token_ids).__name__}",
+                    hint="score([[5, 6, 7]])",
                 )
-            return ids
+            requests = [self._inputs.given(ids, prompt_logprobs=0) for ids in token_ids]
+            sequences = [self._engine.add(request)[0] for request in requests]
+            while not self._engine.idle:
+                self._engine.step()
+            answer.value = [
+                [None, *(next(iter(e.values())).logprob for e in seq.prompt_logprobs if e)]
+                for seq in sequences
+            ]
+        return answer.value
 
-        return self._engine.logits(self._from_rank0(make))
+    @contextmanager
+    def _leading(self, name: str) -> Iterator[SimpleNamespace]:
+        """Rank 0's side of a call: the others get ``.value`` at its end, or the error.
+
+        Requests added one by one are not mixed with a call.
+        """
+        if self._requests:
+            raise ConfigError(
+                f"{name}() while {len(self._requests)} added requests are unfinished",
+                hint="step() until they have finished, or abort() them",
+            )
+        engine, answer = self._engine, SimpleNamespace(value=None)
+        engine.begin_call(name)
+        try:
+            yield answer
+        except GeneratorExit:  # the reader of a stream has left
+            engine.abort_all()
+            engine.end_call()
+            raise
+        except Exception as error:
+            engine.abort_all()
+            told = _as_tprt_error(error)
+            if not isinstance(told, PeerLost | RankMismatch):
+                engine.end_call(error=told)
+            if told is error:
+                raise
+            raise told from error
+        except BaseException:  # an interrupt: the others learn of it when this process ends
+            engine.abort_all()
+            raise
+        engine.end_call(answer.value)
+
+    def follow(self) -> None:
+        """On ranks above 0: take part in whatever rank 0 calls, until it closes."""
+        if self.tp.rank == 0:
+            raise ConfigError(
+                "rank 0 leads; only the others follow", hint="call generate on rank 0"
+            )
+        key = f"following/{self.tp.rank}"
+        self.tp.store.set(key, "1")
+        try:
+            self._engine.serve(None)
+        finally:
+            self.tp.store.delete_key(key)
 
     def close(self) -> None:
         """Free the model and cache, and the process groups made for it. Safe to call twice."""
         if self._running is not None:
-            self._running = None
+            engine, self._running = self._running, None
+            # After a mismatch the others have left ``follow``: nobody would receive anything.
+            if self.tp.rank == 0 and not engine.broken and self._followed():
+                engine.send_close()
+            if self._record_file is not None:
+                self._record_file.close()
+            del engine
             self.tp.close()
             if self.tp.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def _followed(self) -> bool:
+        """Whether every other rank sits in ``follow``."""
+        others = range(1, self.tp.size)
+        return self.tp.size > 1 and bool(self.tp.store.check([f"following/{r}" for r in others]))
 
     def __enter__(self) -> "LLM":
         return self
@@ -355,12 +523,17 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, TprtError | None]:
     """The value or the error of ``work``, so that peers that wait can be told before it is raised."""
     try:
         return work(), None
-    except TprtError as error:
-        return None, error
     except Exception as error:
-        told = out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
-        told.__cause__ = error
+        told = _as_tprt_error(error)
+        if told is not error:
+            told.__cause__ = error
         return None, told
+
+
+def _as_tprt_error(error: Exception) -> TprtError:
+    if isinstance(error, TprtError):
+        return error
+    return out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
 
 
 def _engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:

@@ -41,26 +41,3 @@ def allocate_kv_cache(
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return [KVCache(zeros(spec), zeros(spec)) for spec in specs]
-
-
-class BlockAllocator:
-    """Hands out block ids. Block 0 is never given: padding rows of block tables point at it."""
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, 0, -1))
-
-    @property
-    def capacity(self) -> int:
-        return self.num_blocks - 1
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        assert count <= len(self._free), "admission must check num_free first"
-        return [self._free.pop() for _ in range(count)]
-
-    def free(self, blocks: list[int]) -> None:
-        self._free.extend(reversed(blocks))

@@ -119,6 +119,9 @@ class EngineSettings(_Section):
     block_size: Size = _DEFAULTS.block_size
     kv_cache_memory: Memory | None = _DEFAULTS.kv_cache_memory
     gpu_memory_utilization: Share = _DEFAULTS.gpu_memory_utilization
+    enable_prefix_caching: bool = _DEFAULTS.enable_prefix_caching
+    look_ahead: Annotated[int, Field(ge=0, le=1)] = _DEFAULTS.look_ahead
+    record_path: ExpandedPath | None = _DEFAULTS.record_path
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] = _DEFAULTS.seed
 
 

@@ -46,30 +46,13 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     return out.view(tp.size, *x.shape)
 
 
-def broadcast_ints(values: torch.Tensor, tp: TPGroup) -> torch.Tensor:
-    """Rank 0's integer host tensor to all ranks, in place; shape and dtype must already agree."""
+def broadcast_record(words: torch.Tensor, tp: TPGroup) -> torch.Tensor:
+    """Rank 0's int64 host tensor to all ranks, in place, over the control group."""
     if tp.size > 1:
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        _wait(lambda: tp.cpu_group.broadcast([values], options), tp)
-    return values
-
-
-def broadcast_json(value: Any, tp: TPGroup) -> Any:
-    """Rank 0's JSON-able value on every rank; what the others pass is ignored.
-
-    It travels as a length and UTF-8 bytes: no pickle, and no Python object is rebuilt from the wire.
-    """
-    if tp.size == 1:
-        return value
-    data = json.dumps(value).encode() if tp.rank == 0 else b""
-    length = broadcast_ints(torch.tensor([len(data)]), tp)
-    buffer = torch.empty(int(length.item()), dtype=torch.uint8)
-    if tp.rank == 0 and data:
-        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if buffer.numel():
-        broadcast_ints(buffer, tp)
-    return json.loads(buffer.numpy().tobytes())
+        _wait(lambda: tp.control_group.broadcast([words], options), tp)
+    return words
 
 
 def gather_json(value: Any, tp: TPGroup) -> list[Any]:

@@ -35,6 +35,8 @@ class TPGroup:
         device: where this rank computes.
         device_group: backend for ``device`` tensors (NCCL or gloo); None at size 1 or on paper.
         cpu_group: backend for host tensors (gloo); None at size 1 or on paper.
+        control_group: backend for step records (gloo), which must not queue behind anything else.
+        store: what the ranks met through, under a prefix of this group's own; None as above.
         owns_default_group: whether closing must also destroy torch's default group.
     """
 
@@ -43,11 +45,14 @@ class TPGroup:
     device: torch.device = CPU
     device_group: Any = None
     cpu_group: Any = None
+    control_group: Any = None
+    store: Any = None
     owns_default_group: bool = False
 
     def close(self) -> None:
         """Shut down what ``init_tp_group`` made, and only that."""
-        for group in {id(g): g for g in (self.device_group, self.cpu_group) if g}.values():
+        groups = self.device_group, self.cpu_group, self.control_group
+        for group in {id(g): g for g in groups if g}.values():
             group.shutdown()
         if self.owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -117,6 +122,7 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
     _made[key] += 1
     store = PrefixStore(f"tprt/{key}/{_made[key]}", _get_default_store())
     cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, HOST_TIMEOUT)
+    control_group = ProcessGroupGloo(PrefixStore("control", store), rank, size, HOST_TIMEOUT)
     device_group: Any = cpu_group
     if device.type == "cuda":
         from torch.distributed.distributed_c10d import ProcessGroupNCCL
@@ -124,7 +130,7 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
         options = ProcessGroupNCCL.Options()
         options._timeout = DEVICE_TIMEOUT
         device_group = ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
-    return TPGroup(rank, size, device, device_group, cpu_group, owns_default)
+    return TPGroup(rank, size, device, device_group, cpu_group, control_group, store, owns_default)
 
 
 _made: Counter[str] = Counter()  # groups made so far over the same ranks; members count alike

@@ -1,31 +1,40 @@
-"""The generation loop: admits sequences, alternates prefill and decode passes, ends sequences.
+"""The engine: rank 0 decides step by step, every rank carries out the same records.
 
-All ranks run this loop over the same requests. Rank 0 alone looks at text and says which sequences
-have ended; every other decision is a pure function of requests and agreed tokens. A sequence is
-admitted only when blocks for all its tokens are free, so it can never run out on the way.
+Rank 0 schedules, sends the record of a step, runs it, and reads its tokens one step late, so that on a
+device the next step is planned while this one computes. What a stop condition makes superfluous is
+dropped. The other ranks sit in ``serve``. Knows sequences, records and text: no files, no prompts.
 """
 
+import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any, BinaryIO
 
 import torch
 
-from tprt.cache.kv_cache import BlockAllocator
+from tprt.cache.block_manager import BlockManager
 from tprt.config import EngineConfig
-from tprt.distributed.communication import broadcast_ints
+from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.model_runner import ModelRunner
+from tprt.engine.control import ControlChannel
+from tprt.engine.logprobs import Logprobs
+from tprt.engine.model_runner import ModelRunner, StepResult
 from tprt.engine.noise import NON_FINITE
-from tprt.engine.outputs import CompletionOutput, RequestOutput
+from tprt.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
+from tprt.engine.record_builder import build_record
+from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
-from tprt.sampling_params import SamplingParams
+from tprt.engine.step_record import Kind, StepRecord
+from tprt.errors import RankMismatch, TprtError
 from tprt.tokenizer import Detokenizer, Tokenizer
-
-# Called on rank 0 after each pass: finished sequences, tokens generated so far.
-Progress = Callable[[int, int], None]
 
 
 class LLMEngine:
+    """Args:
+    num_blocks: KV blocks, block 0 included; the same on every rank.
+    record_file: gets every record; rank 0 only.
+    """
+
     def __init__(
         self,
         runner: ModelRunner,
@@ -33,102 +42,241 @@ class LLMEngine:
         config: EngineConfig,
         num_blocks: int,
         tp: TPGroup,
+        record_file: BinaryIO | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.config, self.tp = runner, tokenizer, config, tp
-        self.allocator = BlockAllocator(num_blocks)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
-
-    def generate(
-        self, requests: list[Request], progress: Progress | None = None
-    ) -> list[RequestOutput] | None:
-        """Outputs in the order of ``requests`` on rank 0, None on the others."""
-        everyone = [
-            Sequence(request, i, index, self._detokenizer(request))
-            for i, request in enumerate(requests)
-            for index in range(request.params.n)
-        ]
-        waiting, running = deque(everyone), list[Sequence]()
-        finished = tokens = 0
-        try:
-            while waiting or running:
-                self._admit(waiting, running)
-                produced = self.runner.run(self._next_chunks(running))
-                tokens += len(produced)
-                ended = self._end(produced)
-                for seq in ended:
-                    self.allocator.free(seq.block_table)
-                    running.remove(seq)
-                finished += len(ended)
-                if progress is not None:
-                    progress(finished, tokens)
-        finally:  # an interrupted call must not keep its blocks
-            for seq in running:
-                self.allocator.free(seq.block_table)
-        return collect(requests, everyone) if self.tp.rank == 0 else None
-
-    def _detokenizer(self, request: Request) -> Detokenizer | None:
-        if self.tp.rank != 0:
-            return None
-        return Detokenizer(self.tokenizer, skip_special_tokens=request.params.skip_special_tokens)
-
-    def _admit(self, waiting: deque[Sequence], running: list[Sequence]) -> None:
-        """First come, first served, while rows and blocks last."""
-        while waiting and len(running) < self.config.max_num_seqs:
-            need = self.blocks_for(waiting[0].most_tokens)
-            if need > self.allocator.num_free:
-                break
-            seq = waiting.popleft()
-            seq.block_table = self.allocator.allocate(need)
-            running.append(seq)
-        assert running, "requests that can never fit must be refused before generate"
-
-    def _next_chunks(self, running: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """Prompts first, at most ``max_num_batched_tokens`` of them; else one token of each row."""
-        budget = self.config.max_num_batched_tokens
-        chunks: list[tuple[Sequence, int]] = []
-        for seq in running:
-            left = seq.num_tokens - seq.num_computed
-            if not seq.token_ids and budget > 0:
-                chunks.append((seq, min(left, budget)))
-                budget -= chunks[-1][1]
-        return chunks or [(seq, 1) for seq in running]
-
-    def _end(self, produced: list[tuple[Sequence, int]]) -> list[Sequence]:
-        """Append the new tokens; rank 0 judges, all ranks drop the same sequences."""
-        flags = torch.zeros(len(produced), dtype=torch.int64)
-        for i, (seq, token) in enumerate(produced):
-            if self.tp.rank == 0:
-                flags[i] = seq.append(token, self.tokenizer.eod_id)
-            elif token != NON_FINITE:
-                seq.token_ids.append(token)
-        if produced:
-            broadcast_ints(flags, self.tp)
-        return [seq for (seq, _), flag in zip(produced, flags.tolist(), strict=True) if flag]
-
-    def logits(self, token_ids: list[int]) -> torch.Tensor:
-        """float32 [T, vocab_size] on the host, the same on every rank."""
-        request = Request(token_ids, SamplingParams(), 0, 0)
-        seq = Sequence(request, 0, 0)
-        seq.block_table = self.allocator.allocate(self.blocks_for(len(token_ids)))
-        try:
-            parts = []
-            while seq.num_computed < len(token_ids):
-                left = len(token_ids) - seq.num_computed
-                parts.append(
-                    self.runner.logits((seq, min(left, self.config.max_num_batched_tokens)))
-                )
-            return torch.cat(parts)
-        finally:
-            self.allocator.free(seq.block_table)
-
-
-def collect(requests: list[Request], sequences: list[Sequence]) -> list[RequestOutput]:
-    outputs = [RequestOutput(request.prompt_token_ids, []) for request in requests]
-    for seq in sequences:
-        assert seq.finish_reason is not None
-        outputs[seq.request_index].outputs.append(
-            CompletionOutput(seq.index, seq.text, seq.token_ids, seq.finish_reason, seq.stop_reason)
+        self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens
         )
-    return outputs
+        self.control = ControlChannel(tp, record_file)
+        self.num_records = self.num_arrivals = 0
+        self.broken = False  # ranks have computed different things; nothing here is to be trusted
+        self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()  # rank 0
+        self._following: deque[StepResult] = deque()  # the others
+
+    # ------------------------------------------------------------ rank 0: sequences and steps
+
+    def add(self, request: Request, wants_logits: bool = False) -> list[Sequence]:
+        """Queue a request that fits; its completions, in the order of ``index``."""
+        made: list[Sequence] = []
+        for index in range(request.params.n):
+            made.append(
+                Sequence(
+                    request=request,
+                    arrival=self.num_arrivals,
+                    index=index,
+                    leader=made[0] if made else None,
+                    detokenizer=Detokenizer(
+                        self.tokenizer, skip_special_tokens=request.params.skip_special_tokens
+                    ),
+                    wants_logits=wants_logits,
+                )
+            )
+            self.scheduler.add(made[-1])
+        self.num_arrivals += 1
+        return made
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle and not self._in_flight
+
+    def step(self) -> list[Sequence]:
+        """Plan, send and run one step, and read an earlier one; the sequences that have ended."""
+        ahead = self._look_ahead(self.scheduler.running)
+        ended = self._read_all() if len(self._in_flight) > ahead else []
+        if not self._in_flight:
+            self.scheduler.release_idle()
+        plan = self.scheduler.schedule()
+        if not plan.rows:
+            return ended + self._read_all()
+        ahead = self._look_ahead(row.seq for row in plan.rows)
+        record = build_record(plan, self._next_number(), self.tokenizer.eod_id, ahead)
+        checksum = self.control.send(record)
+        self._in_flight.append((plan, self.runner.execute(record, checksum)))
+        while len(self._in_flight) > ahead:
+            ended += self._retire()
+        return ended
+
+    def _look_ahead(self, sequences: Iterable[Sequence]) -> int:
+        return 0 if any(seq.needs_host for seq in sequences) else self.config.look_ahead
+
+    def _read_all(self) -> list[Sequence]:
+        """Read every step in flight, on all ranks: where one finds a mismatch, all do."""
+        ended: list[Sequence] = []
+        if self._in_flight and self.tp.size > 1:
+            self.control.send(StepRecord(step=self._next_number(), kind=Kind.HEARTBEAT))
+        while self._in_flight:
+            ended += self._retire()
+        return ended
+
+    def abort(self, sequences: list[Sequence]) -> None:
+        """End sequences where they stand; their blocks return once no step uses them."""
+        for seq in sequences:
+            if not seq.finished:
+                seq.end_text("abort")
+                self.scheduler.abort(seq)
+
+    def abort_all(self) -> None:
+        """After an interrupted call: nothing of it may remain."""
+        self._in_flight.clear()
+        self.abort([*self.scheduler.waiting, *self.scheduler.running])
+        self.scheduler.release_idle()
+
+    def _next_number(self) -> int:
+        self.num_records += 1
+        return self.num_records - 1
+
+    def _retire(self) -> list[Sequence]:
+        plan, result = self._in_flight.popleft()
+        tokens = self._check(result)
+        self._keep_logprobs(plan, result)
+        return self.scheduler.retire(plan, tokens, self._take)
+
+    def _check(self, result: StepResult) -> list[int]:
+        try:
+            return result.check()
+        except RankMismatch:
+            self.broken = True
+            raise
+
+    def _take(self, seq: Sequence, token: int) -> bool:
+        if seq.max_tokens == 0:
+            seq.finish_reason = "length"
+            return True
+        return seq.append(token, self.tokenizer.eod_id)
+
+    def _keep_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+        scored, logits = iter(result.prompt_logprobs), iter(result.logits)
+        drawn = 0
+        for row in plan.rows:
+            seq, params = row.seq, row.seq.request.params
+            if row.draws:
+                if params.logprobs is not None and not seq.finished:
+                    assert result.logprobs is not None
+                    token = int(result.tokens[drawn])
+                    if token != NON_FINITE:
+                        entry = self._entry(token, result.logprobs, drawn, params.logprobs)
+                        seq.logprobs.append(entry)
+                drawn += 1
+            if seq.wants_logits:
+                seq.logits.append(next(logits))
+            wanted = params.prompt_logprobs
+            if wanted is not None and seq.index == 0 and row.start < seq.num_prompt_tokens - 1:
+                self._keep_prompt(seq, row.start, row.count, next(scored), wanted)
+
+    def _keep_prompt(
+        self, seq: Sequence, start: int, count: int, found: Logprobs, wanted: int
+    ) -> None:
+        del seq.prompt_logprobs[start:]  # computed again after a preemption
+        for i in range(min(count, seq.num_prompt_tokens - 1 - start)):
+            token = seq.ids[start + i + 1]
+            seq.prompt_logprobs.append(self._entry(token, found, i, wanted))
+
+    def _entry(self, token: int, found: Logprobs, row: int, wanted: int) -> TokenLogprobs:
+        def one(token: int, value: torch.Tensor, rank: int) -> Logprob:
+            return Logprob(float(value), rank, self.tokenizer.decode([token]))
+
+        entry = {token: one(token, found.target[row], int(found.rank[row]))}
+        for k in range(min(wanted, found.top.shape[1])):
+            other = int(found.top_ids[row, k])
+            entry.setdefault(other, one(other, found.top[row, k], k + 1))
+        return entry
+
+    # ------------------------------------------------------------ calls
+
+    def begin_call(self, name: str) -> None:
+        """Rank 0 opens a call; the others must be in the same one, or in ``serve(None)``.
+
+        Raises:
+            RankMismatch: on every rank, when another rank is in a different call.
+        """
+        if self.tp.rank == 0:
+            text = name.encode()
+            self.control.send(StepRecord(step=self._next_number(), kind=Kind.CALL, text=text))
+        self._agree_on_call(name)
+
+    def _agree_on_call(self, name: str | None) -> None:
+        for rank, other in enumerate(calls := gather_json(name, self.tp)):
+            if other is not None and other != calls[0]:
+                raise RankMismatch(
+                    f"rank 0 is in {calls[0]}() and rank {rank} in {other}()",
+                    hint="make the same calls in the same order on every rank, "
+                    "or let ranks above 0 sit in follow()",
+                )
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether anybody reads what a call returns: other ranks, or the record file."""
+        return self.tp.size > 1 or self.control.record_file is not None
+
+    def end_call(self, value: Any = None, error: TprtError | None = None) -> None:
+        """Rank 0 closes a call and hands its results, JSON-able, or its error to the others."""
+        answer = {"value": value, "error": error and error.to_json()}
+        text = json.dumps(answer).encode() if self.wants_answer else b""
+        self.control.send(StepRecord(step=self._next_number(), kind=Kind.RETURN, text=text))
+
+    def send_close(self) -> None:
+        """Rank 0 lets the others leave ``follow``."""
+        self.control.send(StepRecord(step=self._next_number(), kind=Kind.CLOSE))
+
+    def serve(self, name: str | None) -> tuple[Any, list[torch.Tensor]]:
+        """Ranks above 0: carry out records until call ``name`` returns; its value and logits.
+
+        With ``name`` None any call is served, until rank 0 closes.
+
+        Raises:
+            RankMismatch: rank 0 is in another call, or computes something else.
+            TprtError: what rank 0's call ended with.
+        """
+        logits: list[torch.Tensor] = []
+        while True:
+            record, checksum = self.control.receive()
+            if record.kind == Kind.CALL:
+                self._agree_on_call(name)
+            elif record.kind == Kind.STEP:
+                self._following.append(self.runner.execute(record, checksum))
+                self._flush(keep=record.look_ahead, logits=logits)
+            else:
+                self._flush(keep=0, logits=logits)
+                if record.kind == Kind.CLOSE:
+                    if name is None:
+                        return None, []
+                    raise RankMismatch(
+                        f"rank 0 was closed while rank {self.tp.rank} is in {name}()",
+                        hint="make the same calls in the same order on every rank",
+                    )
+                if record.kind == Kind.HEARTBEAT:
+                    continue
+                answer = json.loads(record.text)
+                if name is not None:
+                    if answer["error"] is not None:
+                        raise TprtError.from_json(answer["error"])
+                    return answer["value"], logits
+                logits.clear()
+
+    def _flush(self, keep: int, logits: list[torch.Tensor]) -> None:
+        while len(self._following) > keep:
+            result = self._following.popleft()
+            self._check(result)
+            logits += result.logits
+
+    # ------------------------------------------------------------ results
+
+    def collect(self, sequences: list[Sequence]) -> RequestOutput:
+        """The output of one request, from all of its finished completions."""
+        leader = sequences[0]
+        request = leader.request
+        outputs = []
+        for seq in sequences:
+            assert seq.finish_reason is not None
+            logprobs = seq.logprobs if request.params.logprobs is not None else None
+            outputs.append(
+                CompletionOutput(
+                    seq.index, seq.text, seq.token_ids, seq.finish_reason, seq.stop_reason, logprobs
+                )
+            )
+        prompt = None
+        if request.params.prompt_logprobs is not None:
+            prompt = [None, *leader.prompt_logprobs]
+        return RequestOutput(request.prompt_token_ids, outputs, prompt, leader.num_cached_tokens)

@@ -1,8 +1,12 @@
-"""Runs one forward pass: lays sequences out as a ``ForwardBatch``, owns the KV cache, samples.
+"""Carries out step records on one rank: resolves them against its own state, runs the model, draws.
 
-Knows nothing of files, text or how sequences are chosen.
+Rank 0 and the others do exactly the same here. Owns the KV cache and the slots' state. Knows records
+and tensors: not how sequences are chosen, no text, no files.
 """
 
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 
 from tprt.batch import ForwardBatch
@@ -10,14 +14,49 @@ from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
 from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.sampler import Sampler, SamplingTensors
-from tprt.engine.sequence import Sequence
+from tprt.engine.digest import check_digests, digest
+from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
+from tprt.engine.sampler import DrawRows, Sampler
+from tprt.engine.slot_state import SlotState
+from tprt.engine.step_record import ALL_LOGITS, DRAW, PROMPT_LOGPROBS, SlotOptions, StepRecord
 from tprt.models.persimmon import PersimmonForCausalLM
+
+
+@dataclass
+class StepResult:
+    """What a step gave; its tensors may still be under way until ``check`` has returned.
+
+    Args:
+        step: number of the record.
+        tokens: int64 [rows that draw].
+        digests: int64 [ranks, fields of ``digest``].
+        logprobs: of the drawn tokens; None where no row wants any.
+        prompt_logprobs: of each PROMPT_LOGPROBS row, in the order of the record.
+        logits: float32 [tokens, vocab_size] on the host of each ALL_LOGITS row, in that order.
+    """
+
+    step: int
+    tokens: torch.Tensor
+    digests: torch.Tensor
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    def check(self) -> list[int]:
+        """The tokens, once every rank is known to have computed the same step.
+
+        Raises:
+            RankMismatch: the digests differ.
+        """
+        check_digests(self.step, self.digests)
+        return self.tokens.tolist()
 
 
 class ModelRunner:
     """Args:
     num_blocks: KV blocks on this rank; must be the same on every rank.
+    max_num_seqs: slots.
+    max_model_len: longest sequence.
     num_valid: ids from here on are padding of the vocabulary.
     """
 
@@ -26,74 +65,135 @@ class ModelRunner:
         model: PersimmonForCausalLM,
         tp: TPGroup,
         dtype: torch.dtype,
+        *,
         num_blocks: int,
         block_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
         num_valid: int,
-        eod_id: int,
     ) -> None:
-        self.model, self.tp, self.block_size, self.eod_id = model, tp, block_size, eod_id
+        self.model, self.tp, self.block_size = model, tp, block_size
         self.caches = allocate_kv_cache(
             model.cache_spec(), num_blocks, block_size, dtype, tp.device
         )
         self.vocab_size = model.config.vocab_size
-        self.sampler = Sampler(tp, padded_part(self.vocab_size, tp.size), num_valid)
+        part = padded_part(self.vocab_size, tp.size)
+        self.sampler = Sampler(tp, part, num_valid)
+        longest = -(-max_model_len // block_size)
+        self.state = SlotState(max_num_seqs, longest, part * tp.size, tp.device)
 
-    def prepare(self, chunks: list[tuple[Sequence, int]], all_rows: bool = False) -> ForwardBatch:
-        """Lay out the next ``length`` uncomputed tokens of each sequence.
-
-        Logits are wanted of every row, or else of the last row of each sequence that is then
-        complete.
-        """
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        rows: list[int] = []
-        for seq, length in chunks:
-            span = range(seq.num_computed, seq.num_computed + length)
-            ids += [seq.token(i) for i in span]
-            positions += span
-            slots += [
-                seq.block_table[i // self.block_size] * self.block_size + i % self.block_size
-                for i in span
-            ]
-            if all_rows:
-                rows += range(len(ids) - length, len(ids))
-            elif span.stop == seq.num_tokens:
-                rows.append(len(ids) - 1)
-        longest = max(len(seq.block_table) for seq, _ in chunks)
-        tables = [seq.block_table + [0] * (longest - len(seq.block_table)) for seq, _ in chunks]
-
-        def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.tp.device)
-
-        return ForwardBatch(
-            input_ids=tensor(ids),
-            positions=tensor(positions),
-            slot_mapping=tensor(slots),
-            block_tables=tensor(tables),
-            query_lens=tuple(length for _, length in chunks),
-            context_lens=tuple(seq.num_computed for seq, _ in chunks),
-            logits_rows=tensor(rows),
+    @torch.inference_mode()
+    def execute(self, record: StepRecord, checksum: int) -> StepResult:
+        """Run one STEP record. ``checksum`` is the CRC this rank found in it."""
+        self._apply(record)
+        batch, draws = self._prepare(record)
+        mine = digest(
+            checksum,
+            [batch.input_ids, batch.positions, self.state.block_tables[batch.slots]],
         )
-
-    @torch.inference_mode()
-    def run(self, chunks: list[tuple[Sequence, int]]) -> list[tuple[Sequence, int]]:
-        """Advance each sequence by its chunk; returns a next token for those now complete."""
-        batch = self.prepare(chunks)
-        done = [seq for seq, n in chunks if seq.num_computed + n == seq.num_tokens]
         hidden = self.model(batch, self.caches)
-        for seq, length in chunks:
-            seq.num_computed += length
-        if not done:
-            return []
-        options = SamplingTensors.of(done, self.eod_id, self.tp.device)
-        tokens = self.sampler(self.model.compute_logits(hidden), options)
-        return list(zip(done, tokens.tolist(), strict=True))
+        count = len(draws.slots)
+        result = self._draw(record, hidden[:count], draws, mine)
+        if len(hidden) > count:
+            self._score(record, hidden[count:], result)
+        return result
 
-    @torch.inference_mode()
-    def logits(self, chunk: tuple[Sequence, int]) -> torch.Tensor:
-        """float32 [chunk length, vocab_size] on the host, the same on every rank."""
-        hidden = self.model(self.prepare([chunk], all_rows=True), self.caches)
-        chunk[0].num_computed += chunk[1]
-        gathered = all_gather(self.model.compute_logits(hidden), self.tp)
-        return gathered.transpose(0, 1).flatten(1)[:, : self.vocab_size].cpu()
+    def _apply(self, record: StepRecord) -> None:
+        for cache in self.caches if len(record.clears) else ():
+            cache.k[record.clears] = 0
+            cache.v[record.clears] = 0
+        for source, target in record.copies.tolist():
+            for cache in self.caches:
+                cache.k[target] = cache.k[source]
+                cache.v[target] = cache.v[source]
+        for options in SlotOptions.decode_all(record.options):
+            self.state.begin(options)
+        if len(record.blocks):
+            slots, index, blocks = self._tensor(record.blocks).unbind(1)
+            self.state.block_tables[slots, index] = blocks
+
+    def _tensor(self, words: np.ndarray) -> torch.Tensor:
+        # A copy: the words are a view of a record that may be read-only or reused.
+        return torch.tensor(words, dtype=torch.int64, device=self.tp.device)
+
+    def _prepare(self, record: StepRecord) -> tuple[ForwardBatch, DrawRows]:
+        """Resolve ids, positions and places; every value is derived from the record and the state."""
+        slots, starts, counts, flags = record.rows.T
+        ends = np.cumsum(counts)
+        positions = np.arange(len(record.tokens)) + np.repeat(starts - (ends - counts), counts)
+        slot_index, flat_positions = self._tensor(slots), self._tensor(positions)
+        flat_slots = self._tensor(np.repeat(slots, counts))
+        tokens = self._tensor(record.tokens)
+        # A token that is still on the device: what its slot drew last. A broken row drew none.
+        drawn = self.state.last_tokens[flat_slots].clamp(min=0)
+        input_ids = torch.where(tokens < 0, drawn, tokens)
+        size = self.block_size
+        places = self.state.block_tables[flat_slots, flat_positions // size]
+        drawing = (flags & DRAW) != 0
+        wanted = [*(ends[drawing] - 1)]
+        for end, count in zip(
+            ends[(flags & ~DRAW) != 0], counts[(flags & ~DRAW) != 0], strict=True
+        ):
+            wanted += range(end - count, end)
+        longest = -(-int((starts + counts).max()) // size)
+        batch = ForwardBatch(
+            input_ids=input_ids,
+            positions=flat_positions,
+            slot_mapping=places * size + flat_positions % size,
+            block_tables=self.state.block_tables[slot_index, :longest],
+            slots=slot_index,
+            query_lens=tuple(counts.tolist()),
+            context_lens=tuple(starts.tolist()),
+            logits_rows=self._tensor(np.array(wanted, dtype=np.int64)),
+        )
+        draws = DrawRows(
+            slots=slots[drawing].tolist(),
+            slot_index=slot_index[torch.from_numpy(drawing.copy())],
+            positions=self._tensor((starts + counts)[drawing]),
+            bans=[(row, token) for row, token in record.bans.tolist()],
+            full=record.full,
+        )
+        return batch, draws
+
+    def _draw(
+        self, record: StepRecord, hidden: torch.Tensor, draws: DrawRows, mine: torch.Tensor
+    ) -> StepResult:
+        if not draws.slots:
+            tokens = torch.empty(0, dtype=torch.int64, device=self.tp.device)
+            return StepResult(record.step, tokens, all_gather(mine, self.tp))
+        logits = self.sampler.mask_padding(self.model.compute_logits(hidden))
+        raw = logits.clone() if record.logprobs >= 0 else None
+        tokens, digests = self.sampler(logits, draws, self.state, mine)
+        self.state.take(draws.slot_index, draws.slots, tokens)
+        result = StepResult(record.step, tokens, digests)
+        if raw is not None:
+            result.logprobs = token_logprobs(
+                raw, tokens, record.logprobs, self.sampler.first, self.tp
+            )
+        return result
+
+    def _score(self, record: StepRecord, hidden: torch.Tensor, result: StepResult) -> None:
+        """Rows that want more than a token: logits of all positions, or log-probabilities of them."""
+        at = target = 0
+        for _, _, count, flags in record.rows.tolist():
+            if flags & ~DRAW == 0:
+                continue
+            row = hidden[at : at + count]
+            at += count
+            if flags & ALL_LOGITS:
+                local = self.model.compute_logits(row)
+                whole = all_gather(local, self.tp).transpose(0, 1).flatten(1)
+                result.logits.append(whole[:, : self.vocab_size].cpu())
+            if flags & PROMPT_LOGPROBS:
+                wanted = self._tensor(record.targets[target : target + count])
+                target += count
+                result.prompt_logprobs.append(self._score_row(row, wanted, record.prompt_logprobs))
+
+    def _score_row(self, hidden: torch.Tensor, targets: torch.Tensor, k: int) -> Logprobs:
+        rows = max(1, MAX_LOGITS // self.sampler.part)
+        parts = []
+        chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        for chunk, wanted in chunks:
+            logits = self.sampler.mask_padding(self.model.compute_logits(chunk))
+            parts.append(token_logprobs(logits, wanted, k, self.sampler.first, self.tp))
+        return Logprobs.cat(parts)

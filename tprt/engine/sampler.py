@@ -1,9 +1,9 @@
 """Picks the next token of each row from logits that are cut over ranks.
 
 ``plain`` (every row greedy or pure temperature): each rank takes its best (score, id), the pairs are
-gathered and the best is taken in rank order; ``full`` (a row asks for top-k, top-p or min-p): the
-rows are gathered first. Both add the same noise, so a row draws the same token in either. All ranks
-decide from the same gathered bits and so agree by construction.
+gathered and the best is taken; ``full`` (any other option in the step): whole rows are gathered first.
+Both add the same noise, so a row draws the same token in either. All ranks decide from the same
+gathered bits and so agree by construction. Digests travel in the same gather.
 """
 
 from dataclasses import dataclass
@@ -13,55 +13,27 @@ import torch
 from tprt.distributed.communication import all_gather
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.noise import NON_FINITE, gumbel, token_table
-from tprt.engine.sequence import Sequence
+from tprt.engine.slot_state import NEG_INF, SlotState
 
-NEG_INF = float("-inf")
+_LOW_32 = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class SamplingTensors:
-    """The options of R rows; a pure function of the sequences, so the same on every rank.
+class DrawRows:
+    """The rows that draw in one step, in the order of the step.
 
-    ``banned`` holds the (row, id) pairs that ``min_tokens`` forbids for now.
+    Args:
+        slots: of each row, on the host; ``slot_index`` is the same as int64 [R] on the device.
+        positions: int64 [R], of the token being drawn.
+        bans: (row, id) pairs that are forbidden in this step alone.
+        full: whether a row has an option that ``plain`` does not know.
     """
 
+    slots: list[int]
+    slot_index: torch.Tensor
+    positions: torch.Tensor
+    bans: list[tuple[int, int]]
     full: bool
-    greedy: torch.Tensor  # bool [R]
-    temperature: torch.Tensor  # float32 [R], 1 where greedy
-    top_k: torch.Tensor  # int64 [R], 0 keeps all
-    top_p: torch.Tensor  # float32 [R]
-    min_p: torch.Tensor  # float32 [R]
-    keys: torch.Tensor  # int64 [R]
-    positions: torch.Tensor  # int64 [R]
-    banned: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, sequences: list[Sequence], eod_id: int, device: torch.device) -> "SamplingTensors":
-        params = [s.request.params for s in sequences]
-
-        def floats(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)
-
-        def ints(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
-        banned = [
-            (row, token)
-            for row, s in enumerate(sequences)
-            if len(s.token_ids) < s.request.params.min_tokens
-            for token in (eod_id, *s.request.params.stop_token_ids)
-        ]
-        return cls(
-            full=any(p.truncates for p in params),
-            greedy=torch.tensor([p.greedy for p in params], device=device),
-            temperature=floats([1.0 if p.greedy else p.temperature for p in params]),
-            top_k=ints([max(p.top_k, 0) for p in params]),
-            top_p=floats([p.top_p for p in params]),
-            min_p=floats([p.min_p for p in params]),
-            keys=ints([s.seed_key for s in sequences]),
-            positions=ints([s.num_tokens for s in sequences]),
-            banned=banned,
-        )
 
 
 class Sampler:
@@ -76,60 +48,111 @@ class Sampler:
         self.local_table = token_table(self.first, part, tp.device)
         self.full_table = token_table(0, part * tp.size, tp.device)
 
-    def __call__(self, logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
-        """float32 [R, part] of this rank -> int64 [R], the same ids on every rank.
-
-        A row with a NaN or an infinite logit gives NON_FINITE.
-        """
+    def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [R, part] of this rank with -inf for ids that do not exist, in place."""
         logits[:, max(0, self.num_valid - self.first) :] = NEG_INF
-        for row, token in options.banned:
-            if self.first <= token < self.first + self.part:
-                logits[row, token - self.first] = NEG_INF
-        return self._full(logits, options) if options.full else self._plain(logits, options)
+        return logits
+
+    def __call__(
+        self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one id per row.
+
+        Args:
+            logits: float32 [R, part] of this rank, padding masked; they are changed.
+            digest: int64 [D] of this rank.
+
+        Returns:
+            int64 [R], the same ids on every rank, NON_FINITE for a row with a NaN or infinite logit;
+            and all digests, int64 [ranks, D].
+        """
+        draw = self._full if rows.full else self._plain
+        return draw(logits, rows, state, digest)
 
     def _scores(
-        self, logits: torch.Tensor, options: SamplingTensors, table: torch.Tensor
+        self, scaled: torch.Tensor, rows: DrawRows, state: SlotState, table: torch.Tensor
     ) -> torch.Tensor:
-        """``logits`` already divided by temperature; noise where the row is not greedy."""
-        if bool(options.greedy.all()):
-            return logits
-        noise = gumbel(options.keys, options.positions, table)
-        return logits + noise.masked_fill(options.greedy.unsqueeze(1), 0.0)
+        """Logits divided by temperature, plus noise where the row is not greedy."""
+        greedy = state.greedy[rows.slot_index]
+        noise = gumbel(state.keys[rows.slot_index], rows.positions, table)
+        return scaled + noise.masked_fill(greedy.unsqueeze(1), 0.0)
 
-    def _plain(self, logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
-        scaled = logits / options.temperature.unsqueeze(1)
-        best, index = self._scores(scaled, options, self.local_table).max(dim=1)
-        # float64 holds both a float32 score and an id exactly, so one gather carries the pair.
-        pairs = all_gather(torch.stack([best.double(), (index + self.first).double()], 1), self.tp)
-        winner = pairs[:, :, 0].argmax(dim=0)  # the first maximum: the lowest id on ties
-        scores, ids = pairs[winner, torch.arange(len(winner), device=winner.device)].unbind(1)
-        return ids.long().masked_fill(~scores.isfinite(), NON_FINITE)  # NaN counts as a maximum
+    def _plain(
+        self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for row, token in rows.bans:
+            if self.first <= token < self.first + self.part:
+                logits[row, token - self.first] = NEG_INF
+        scaled = logits / state.temperature[rows.slot_index].unsqueeze(1)
+        best, index = self._scores(scaled, rows, state, self.local_table).max(dim=1)
+        gathered = all_gather(torch.cat([pack(best, index + self.first), digest]), self.tp)
+        ids, finite = unpack(gathered[:, : len(best)].max(dim=0).values)
+        return ids.masked_fill(~finite, NON_FINITE), gathered[:, len(best) :]
 
-    def _full(self, logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
-        whole = all_gather(logits, self.tp).transpose(0, 1).flatten(1)  # [R, part * size]
-        scaled = truncate(whole / options.temperature.unsqueeze(1), options)
-        ids = self._scores(scaled, options, self.full_table).argmax(dim=1)
-        return ids.masked_fill(~whole.max(dim=1).values.isfinite(), NON_FINITE)
+    def _full(
+        self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # The digest's bits travel as floats; a gather copies them whatever they stand for.
+        bits = digest.view(torch.float32)
+        gathered = all_gather(torch.cat([bits, logits.flatten()]), self.tp)
+        # A copy: viewed as int64, the storage has to begin at a whole number of words.
+        digests = gathered[:, : len(bits)].clone(memory_format=torch.contiguous_format)
+        digests = digests.view(torch.int64)
+        rest = gathered[:, len(bits) :].reshape(self.tp.size, -1, self.part)
+        whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
+        finite = whole.max(dim=1).values.isfinite()
+        state.adjust(whole, rows.slots)
+        for row, token in rows.bans:
+            whole[row, token] = NEG_INF
+        scaled = whole / state.temperature[rows.slot_index].unsqueeze(1)
+        index = rows.slot_index
+        scaled = truncate(scaled, state.top_k[index], state.top_p[index], state.min_p[index])
+        best, ids = self._scores(scaled, rows, state, self.full_table).max(dim=1)
+        return ids.masked_fill(~(finite & best.isfinite()), NON_FINITE), digests
 
 
-def truncate(logits: torch.Tensor, options: SamplingTensors) -> torch.Tensor:
+def pack(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """One int64 per (float32 score, id below 2^32): larger scores, then lower ids, compare greater.
+
+    NaN compares above everything, so that it is seen.
+    """
+    scores = scores.masked_fill(scores.isnan(), float("nan"))  # one NaN of many, a positive one
+    bits = scores.float().view(torch.int32)
+    # Negative floats order backwards as integers: flip all their bits but the sign.
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.long() << 32) | (_LOW_32 - ids)
+
+
+def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids, and whether the score was finite."""
+    ordered = (packed >> 32).int()
+    scores = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    return _LOW_32 - (packed & _LOW_32), scores.isfinite()
+
+
+def truncate(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
     """-inf for what min-p, then top-k, then top-p drop; float32 [R, V] scaled by temperature.
 
     At least one id is kept per row. Of equal logits at a boundary the lower ids are kept.
+
+    Args:
+        top_k: int64 [R], 0 keeps all; top_p, min_p: float32 [R].
     """
     probabilities = logits.softmax(dim=1)
-    floor = probabilities.max(dim=1, keepdim=True).values * options.min_p.unsqueeze(1)
+    floor = probabilities.max(dim=1, keepdim=True).values * min_p.unsqueeze(1)
     logits = logits.masked_fill(probabilities < floor, NEG_INF)
 
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
     rank = torch.arange(ordered.shape[1], device=logits.device)
-    top_k = options.top_k.unsqueeze(1)
+    top_k = top_k.unsqueeze(1)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), NEG_INF)
 
     probabilities = ordered.softmax(dim=1)
     before = probabilities.cumsum(dim=1) - probabilities
     # The id that crosses top_p is kept, and the first one always: a top_p below float32's range is 0
     # there. A row with top_p = 1 keeps all, whatever rounding says.
-    top_p = options.top_p.unsqueeze(1)
+    top_p = top_p.unsqueeze(1)
     ordered = ordered.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), NEG_INF)
     return torch.full_like(logits, NEG_INF).scatter(1, order, ordered)

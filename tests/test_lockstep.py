@@ -1,0 +1,156 @@
+"""Ranks that drift apart, or are in different calls, are named on every rank; nobody hangs."""
+
+import os
+
+import pytest
+from conftest import TINY, run_ranks
+
+from tprt import LLM, SamplingParams
+from tprt.errors import RankMismatch
+
+PROMPTS = ["human: Reverse: lamp canoe frog cheese\n\nadept:", "human: Repeat: key door\n\nadept:"]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+def open_tiny(**settings) -> LLM:
+    return LLM(str(TINY), dtype="float32", kv_cache_memory=2**24, **settings)
+
+
+def damage(llm: LLM, what: str, at_step: int) -> None:
+    """Let this rank go wrong in memory before one of its steps."""
+    runner, steps = llm._engine.runner, iter(range(10**6))
+    execute = runner.execute
+
+    def broken(record, checksum):
+        if next(steps) == at_step:
+            if what == "token":
+                runner.state.last_tokens[0] += 1
+            elif what == "block table":
+                runner.state.block_tables[0, 0] += 5
+            elif what == "record":
+                record.tokens = record.tokens.copy()
+                record.tokens[:] = 70
+            elif what == "checksum":
+                checksum += 1
+        return execute(record, checksum)
+
+    runner.execute = broken
+
+
+def _drift(what: str, look_ahead: int, checked: bool) -> list[str]:
+    if not checked:
+        import tprt.engine.model_runner as model_runner
+
+        model_runner.check_digests = lambda step, digests: None
+    with open_tiny(look_ahead=look_ahead) as llm:
+        if what and os.environ["RANK"] == "1":
+            damage(llm, what, at_step=3)
+        try:
+            return [out.outputs[0].text for out in llm.generate(PROMPTS, GREEDY)]
+        except RankMismatch as error:
+            with pytest.raises(RankMismatch):
+                llm.generate(PROMPTS, GREEDY)
+            return [str(error.exit_code), error.what]
+
+
+@pytest.mark.parametrize(
+    "what, field, look_ahead",
+    [
+        ("token", "token ids", 1),  # without look-ahead no token stays on the device
+        ("block table", "block tables", 0),
+        ("block table", "block tables", 1),
+        ("record", "token ids", 0),
+        ("checksum", "record", 1),
+    ],
+)
+def test_a_rank_that_drifts_is_a_mismatch_on_every_rank(what, field, look_ahead):
+    for code, said in run_ranks(_drift, 2, what, look_ahead, True):
+        assert code == "7"
+        # records are counted from the CALL, so the fourth step is record 4
+        assert f"ranks 0 and 1 disagree on the {field} of step 4: " in said
+        mine, theirs = said.split(": ")[1].split(" and ")
+        assert len(mine) == len(theirs) == 16 and mine != theirs
+
+
+def test_without_the_check_the_text_is_wrong():
+    """The negative control: the damage of the test above does change the answer."""
+    right = run_ranks(_drift, 2, "", 1, True)[0]
+    wrong = run_ranks(_drift, 2, "block table", 1, False)[0]
+    assert right[0].split() == ["cheese", "frog", "canoe", "lamp"]
+    assert wrong != right
+
+
+def _different_calls() -> tuple[str, list[str]]:
+    rank = int(os.environ["RANK"])
+    with open_tiny() as llm:
+        with pytest.raises(RankMismatch) as caught:
+            llm.score([[5, 6, 7]]) if rank else llm.generate(PROMPTS, GREEDY)
+        return caught.value.what, [o.outputs[0].text for o in llm.generate(PROMPTS, GREEDY)]
+
+
+def test_ranks_in_different_calls_are_named_and_can_go_on():
+    for said, texts in run_ranks(_different_calls, 2):
+        assert said == "rank 0 is in generate() and rank 1 in score()"
+        assert texts[0].split() == ["cheese", "frog", "canoe", "lamp"]
+
+
+def _calls() -> dict:
+    rank = int(os.environ["RANK"])
+    with open_tiny() as llm:
+        events = list(llm.stream(PROMPTS if rank == 0 else None, GREEDY))
+        return {
+            "events": [(e.request_id, e.text) for e in events],
+            "scores": llm.score([[80, 81, 82], [90, 91]] if rank == 0 else None),
+            "logits": llm.logits([80, 81, 82]).log_softmax(1)[[0, 1], [81, 82]].tolist(),
+            "logprobs": [
+                [next(iter(entry.values())).logprob for entry in out.outputs[0].logprobs]
+                for out in llm.generate(PROMPTS, SamplingParams(max_tokens=3, seed=1, logprobs=2))
+            ],
+        }
+
+
+def test_calls_give_the_same_on_every_rank_and_at_every_size():
+    (alone,) = run_ranks(_calls, 1)
+    first, second = run_ranks(_calls, 2)
+    assert second.pop("events") == [] and first["events"]
+    joined = ["".join(text for i, text in first["events"] if i == k).split() for k in (0, 1)]
+    assert joined == [["cheese", "frog", "canoe", "lamp"], ["key", "door"]]
+    assert alone["events"] == first.pop("events")
+    assert first == second
+    for name in ("scores", "logprobs"):
+        flat = [x for row in first[name] for x in row if x is not None]
+        assert flat == pytest.approx(
+            [x for row in alone[name] for x in row if x is not None], abs=2e-4
+        )
+    assert first["scores"][0][1:] == pytest.approx(first["logits"], abs=1e-5)
+    assert first["scores"][0][0] is None and len(first["scores"][1]) == 2
+
+
+def _followed() -> list:
+    rank = int(os.environ["RANK"])
+    with open_tiny() as llm:
+        if rank:
+            llm.follow()
+            return []
+        texts = [out.outputs[0].text for out in llm.generate(PROMPTS, GREEDY)]
+        with pytest.raises(Exception, match="more than"):
+            llm.generate(["x"], SamplingParams(max_tokens=10**6))
+        first = llm.add_request(PROMPTS[0], GREEDY)
+        dropped = llm.add_request(PROMPTS[1], GREEDY)
+        found, steps = {first: "", dropped: ""}, 0
+        while events := llm.step() or steps < 3:
+            for event in events if isinstance(events, list) else []:
+                found[event.request_id] += event.text
+            steps += 1
+            if steps == 2:
+                (last,) = llm.abort(dropped)
+                assert last.finish_reason == "abort"
+        assert llm.step() == [] and llm.abort(dropped) == []
+        assert found[first] == texts[0]
+        return [*texts, llm.score([[80, 81]])[0][0]]
+
+
+def test_follow_serves_every_call_until_rank_0_closes():
+    texts, nothing = run_ranks(_followed, 2)
+    assert nothing == []
+    assert [t.split() for t in texts[:2]] == [["cheese", "frog", "canoe", "lamp"], ["key", "door"]]

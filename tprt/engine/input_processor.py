@@ -1,0 +1,104 @@
+"""From what a user passes to a validated ``Request``: text to ids, limits, seeds, bad words.
+
+Runs on rank 0 before anything is scheduled, so that what can never run is refused with its numbers.
+Knows a tokenizer and limits: no blocks, no other rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tprt.engine.noise import arrival_seed
+from tprt.engine.sequence import Request
+from tprt.errors import ConfigError
+from tprt.sampling_params import SamplingParams
+from tprt.tokenizer import Tokenizer, render_chat
+
+Prompt = str | dict[str, Any]
+
+
+class InputProcessor:
+    """Args:
+    num_valid_ids: ids from here on do not exist.
+    max_request_len: most tokens of prompt and completion that model and cache can hold.
+    seed: the engine's; requests without a seed get theirs from it and their arrival number.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, num_valid_ids: int, max_request_len: int, seed: int
+    ) -> None:
+        self.tokenizer, self.num_valid_ids = tokenizer, num_valid_ids
+        self.max_request_len, self.seed = max_request_len, seed
+
+    def request(self, prompt: Prompt, params: SamplingParams, arrival: int) -> Request:
+        """A request to generate. Raises ConfigError (see ``LLM.make_request``)."""
+        ids = self.prompt_ids(prompt)
+        if not ids:
+            raise ConfigError("the prompt has no tokens", hint="a text, or bos_policy=bos")
+        limit = self.max_request_len
+        room = limit - len(ids)
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if room < 1 or max_tokens > room:
+            wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
+            raise ConfigError(
+                f"{len(ids)} prompt tokens{wanted} are more than the {limit} that fit",
+                hint="a shorter prompt, fewer max_tokens, or a larger max_model_len or KV cache",
+            )
+        listed = [i for i, _ in params.logit_bias] + list(params.allowed_token_ids or ())
+        self.check_ids(listed)
+        seed = params.seed if params.seed is not None else arrival_seed(self.seed, arrival)
+        return Request(ids, params, max_tokens, seed, self._spellings(params.bad_words))
+
+    def given(self, token_ids: Any, prompt_logprobs: int | None = None) -> Request:
+        """A request that only computes its ids. Raises ConfigError when they do not fit."""
+        ids = self.check_ids(token_ids)
+        if not 1 <= len(ids) <= self.max_request_len:
+            raise ConfigError(
+                f"{len(ids)} tokens were given, allowed are 1 to {self.max_request_len}",
+                hint="a shorter text, or a larger max_model_len or kv_cache_memory",
+            )
+        return Request(ids, SamplingParams(prompt_logprobs=prompt_logprobs), 0, 0)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, dict) and len(prompt) == 1:
+            (kind, value), *_ = prompt.items()
+            if kind == "prompt" and isinstance(value, str):
+                return self.tokenizer.encode(value)
+            if kind == "messages":
+                return self.tokenizer.encode(render_chat(value))
+            if kind == "prompt_token_ids":
+                return self.check_ids(value)
+        raise ConfigError(
+            f"a prompt must be a text or a mapping, not {str(prompt)[:80]!r}",
+            hint='a text, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}',
+        )
+
+    def check_ids(self, ids: Any) -> list[int]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+            raise ConfigError(
+                f"token ids must be a list of whole numbers, not {str(ids)[:80]!r}",
+                hint="for example [5, 6, 7]",
+            )
+        wrong = [i for i in ids if not 0 <= i < self.num_valid_ids]
+        if wrong:
+            raise ConfigError(
+                f"token id {wrong[0]} is outside the vocabulary of {self.num_valid_ids}",
+                hint="ids of this model's own tokenizer",
+            )
+        return list(ids)
+
+    def _spellings(self, words: Sequence[str]) -> tuple[list[int], ...]:
+        """Each word as it begins a text and as it goes on after a letter, without repeats."""
+        found: list[list[int]] = []
+        for word in words:
+            begun = self.tokenizer.encode(word.lstrip(" "), add_bos=False)
+            # Behind a newline sentencepiece puts no blank in front.
+            newline = self.tokenizer.encode("\n", add_bos=False)
+            inner = self.tokenizer.encode("\n" + word.lstrip(" "), add_bos=False)
+            found.append(begun)
+            if inner[: len(newline)] == newline:
+                found.append(inner[len(newline) :])
+        unique = {tuple(ids): ids for ids in found if ids}
+        return tuple(unique.values())

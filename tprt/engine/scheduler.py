@@ -1,0 +1,279 @@
+"""Which tokens of which sequences a step computes, and which blocks they are written to.
+
+Rank 0 alone runs this; the others get the outcome as a ``StepRecord``. Continuous batching, first
+come, first served: running sequences go before waiting ones, and their next tokens before any chunk of
+a prompt, so a long prompt never holds up what runs. When blocks run out the youngest sequence gives up
+its own and is computed again later; the oldest never does, so something always advances.
+
+Knows numbers and blocks: no text, no tensors, no other rank. Steps are computed in the order in which
+they are planned, one after the other; a plan may therefore rely on everything planned before it.
+"""
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tprt.cache.block_manager import BlockManager, extend_block_keys
+from tprt.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class Row:
+    """``count`` tokens of a sequence from position ``start``; ``draws`` when a new one follows."""
+
+    seq: Sequence
+    start: int
+    count: int
+    draws: bool
+
+
+@dataclass
+class StepPlan:
+    """Args:
+    begun: sequences that took a slot in this step.
+    blocks: (slot, index in its block table, block) that are new in this step.
+    copies, clears: as in ``StepRecord``.
+    """
+
+    number: int
+    rows: list[Row] = field(default_factory=list)
+    begun: list[Sequence] = field(default_factory=list)
+    blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    clears: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    """Args:
+    max_num_seqs: sequences in one step; ``max_num_batched_tokens``: tokens in one step.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.blocks, self.block_size = blocks, block_size
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []  # both by arrival
+        self.running: list[Sequence] = []
+        self.num_steps = self.num_preemptions = 0
+        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
+        self._leaving: list[Sequence] = []
+        self._filled: list[Sequence] = []  # their full blocks can be found from the next step on
+        self._clears: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running and not self._leaving
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence that fits all blocks by itself (callers refuse what never can)."""
+        assert self._blocks_for(seq.most_tokens) <= self.blocks.capacity
+        insort(self.waiting, seq, key=_arrival)
+
+    def schedule(self) -> StepPlan:
+        """The next step; without rows when every sequence waits for a step in flight to retire."""
+        self._register_filled()
+        plan = StepPlan(self.num_steps)
+        budget = self.max_num_batched_tokens
+        decodes = sum(_wanted(seq) == 1 for seq in self.running)
+        preempted = self.num_preemptions
+        for seq in tuple(self.running):
+            if seq.slot < 0:
+                continue  # preempted for an older one in this very loop
+            wanted = _wanted(seq)
+            decodes -= wanted == 1
+            count = min(wanted, budget - decodes)
+            if count > 0 and self._grow(seq, count, plan):
+                budget -= count
+                self._plan_row(seq, count, plan)
+        if self.num_preemptions == preempted:
+            self._admit(budget, plan)
+        if plan.rows:
+            plan.clears, self._clears = self._clears, []
+            self.num_steps += 1
+        return plan
+
+    def _admit(self, budget: int, plan: StepPlan) -> None:
+        for seq in tuple(self.waiting):
+            if budget <= 0 or not self._slots:
+                return
+            leader = seq.leader
+            if leader is not None and leader.slot >= 0 and not self._prompt_is_cached(leader):
+                continue  # its prompt is being computed by the first completion of its request
+            held, computed = self._known_beginning(seq)
+            # A running sequence may want a block at its next token; without room for that the
+            # newcomer would be the first to go again.
+            spare = len(self.running)
+            need = self._blocks_for(seq.num_tokens) - len(held) + 1
+            if need + spare > self.blocks.num_free - self.blocks.num_unreferenced(held):
+                if self.running or self._leaving or plan.rows:
+                    return
+            self.blocks.share(held)
+            self.waiting.remove(seq)
+            seq.slot, seq.block_table, seq.num_computed = self._slots.pop(), list(held), computed
+            seq.num_cached_tokens = max(seq.num_cached_tokens, computed)
+            insort(self.running, seq, key=_arrival)
+            plan.begun.append(seq)
+            plan.blocks += [(seq.slot, i, block) for i, block in enumerate(held)]
+            count = min(seq.num_tokens - computed, budget)
+            grown = self._grow(seq, count, plan)
+            assert grown, "blocks were counted before admission"
+            budget -= count
+            self._plan_row(seq, count, plan)
+
+    def _prompt_is_cached(self, leader: Sequence) -> bool:
+        """Whether a step before this one computed all of the prompt."""
+        return (
+            leader.num_computed >= leader.num_prompt_tokens
+            and leader.prompt_step is not None
+            and leader.prompt_step < self.num_steps
+        )
+
+    def _known_beginning(self, seq: Sequence) -> tuple[list[int], int]:
+        """Blocks that hold the first tokens of ``seq`` already, and how many tokens.
+
+        At least the last token stays to be computed: its logits are wanted.
+        """
+        leader, prompt = seq.leader, seq.num_prompt_tokens
+        if leader is not None and leader.slot >= 0 and seq.num_tokens == prompt:
+            return leader.block_table[: self._blocks_for(prompt - 1)], prompt - 1
+        if not self.blocks.prefix_caching or seq.skips_prefix_cache:
+            return [], 0
+        extend_block_keys(seq.block_keys, seq.ids, self.block_size)
+        held = self.blocks.match(seq.block_keys[: (seq.num_tokens - 1) // self.block_size])
+        return held, len(held) * self.block_size
+
+    def _grow(self, seq: Sequence, count: int, plan: StepPlan) -> bool:
+        """Give ``seq`` blocks of its own for its next ``count`` tokens; False when it has to wait."""
+        table, first = seq.block_table, seq.num_computed // self.block_size
+        need = self._blocks_for(seq.num_computed + count) - len(table)
+        shared = first < len(table) and self.blocks.references(table[first]) > 1
+        if need <= 0 and not shared:
+            return True
+        while need + shared > self.blocks.num_free:
+            if self._leaving:
+                return False  # their blocks come back when the step in flight retires
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is seq:
+                return False
+        if shared:  # copy on write
+            (own,) = self.blocks.allocate(1)
+            plan.copies.append((table[first], own))
+            plan.blocks.append((seq.slot, first, own))
+            self.blocks.release([table[first]])
+            table[first] = own
+        if need > 0:
+            for block in self.blocks.allocate(need):
+                plan.blocks.append((seq.slot, len(table), block))
+                table.append(block)
+        return True
+
+    def _plan_row(self, seq: Sequence, count: int, plan: StepPlan) -> None:
+        start = seq.num_computed
+        seq.num_computed += count
+        if seq.prompt_step is None and seq.num_computed >= seq.num_prompt_tokens:
+            seq.prompt_step = self.num_steps
+        seq.last_step = self.num_steps
+        draws = seq.num_computed == seq.num_tokens and seq.max_tokens > 0
+        seq.num_pending += draws
+        plan.rows.append(Row(seq, start, count, draws))
+        if seq.num_computed // self.block_size > seq.num_registered:
+            self._filled.append(seq)
+
+    def _register_filled(self) -> None:
+        if not self.blocks.prefix_caching:
+            self._filled.clear()
+            return
+        for seq in self._filled:
+            if seq.slot < 0:
+                continue
+            extend_block_keys(seq.block_keys, seq.ids, self.block_size)
+            full = min(seq.num_computed // self.block_size, len(seq.block_keys))
+            for i in range(seq.num_registered, full):
+                self.blocks.register(seq.block_table[i], seq.block_keys[i])
+            seq.num_registered = max(seq.num_registered, full)
+        self._filled.clear()
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence out of the step; it keeps its tokens and waits at its old place."""
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        self._vacate(seq)
+        seq.num_computed = seq.num_registered = 0
+        seq.prompt_step = None
+        insort(self.waiting, seq, key=_arrival)
+
+    def _vacate(self, seq: Sequence) -> None:
+        self.blocks.release(seq.block_table)
+        self._slots.append(seq.slot)
+        seq.block_table, seq.slot = [], -1
+
+    def retire(
+        self, plan: StepPlan, tokens: list[int], take: Callable[[Sequence, int], bool]
+    ) -> list[Sequence]:
+        """Hand the tokens drawn in ``plan`` to ``take``; the sequences it says have ended leave.
+
+        ``tokens`` are in the order of the rows that draw. Tokens of sequences that ended before are
+        dropped. Blocks of a sequence that is part of a step still in flight are released when that
+        step retires.
+        """
+        ended = []
+        drawn = iter(tokens)
+        for row in plan.rows:
+            seq = row.seq
+            if row.draws:
+                token = next(drawn)
+                seq.num_pending -= 1
+                if not seq.finished and take(seq, token):
+                    ended.append(seq)
+            elif seq.max_tokens == 0 and row.start + row.count == seq.num_tokens:
+                if not seq.finished and take(seq, -1):
+                    ended.append(seq)
+        for seq in ended:
+            self._leave(seq)
+        self._release_left(plan.number)
+        return ended
+
+    def abort(self, seq: Sequence) -> None:
+        """Drop a sequence that has been marked finished."""
+        assert seq.finished
+        self._leave(seq)
+
+    def _leave(self, seq: Sequence) -> None:
+        if seq.slot < 0:
+            self.waiting.remove(seq)
+            return
+        self.running.remove(seq)
+        self._leaving.append(seq)
+
+    def release_idle(self) -> None:
+        """Nothing is in flight: release what aborted sequences hold."""
+        self._release_left(self.num_steps)
+
+    def _release_left(self, retired: int) -> None:
+        self._register_filled()
+        for seq in [s for s in self._leaving if s.last_step <= retired]:
+            self._leaving.remove(seq)
+            table = list(seq.block_table)
+            if seq.finish_reason == "error":
+                self.blocks.forget(table)
+            self._vacate(seq)
+            if seq.finish_reason == "error":
+                self._clears += [b for b in table if self.blocks.references(b) == 0]
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+def _wanted(seq: Sequence) -> int:
+    return 0 if seq.complete else seq.num_tokens - seq.num_computed
+
+
+def _arrival(seq: Sequence) -> tuple[int, int]:
+    return seq.arrival, seq.index
