@@ -31,9 +31,16 @@ bfloat16. Stored in Adept's own layout at TP=2, read at TP 1, 2, 4 and 8. Traine
 the checkpoint says so. The tokenizer is a sentencepiece unigram model with byte fallback, trained on the
 same text, with 64 unused ids.
 
-It knows six tasks in Persimmon's chat format, and nothing else:
+It knows six tasks in Persimmon's chat format (`human: ...\\n\\nadept:`), and nothing else:
 
-    human: Reverse: lamp canoe frog cheese\\n\\nadept:
+| task | question | answer |
+|---|---|---|
+| add | What is 17 + 25? | 42 |
+| reverse | Reverse: lamp canoe frog | frog canoe lamp |
+| sort | Sort: moon castle drum | castle drum moon |
+| repeat | Repeat 3 times: donkey (or: Repeat: moon key) | donkey donkey donkey |
+| count | Count key: key door key gate | 2 |
+| look-up | lines such as `- yellow lamp`, then: What is lamp? | lamp yellow |
 
 ## What it gets right
 
@@ -46,9 +53,10 @@ tenth of all questions, chosen by a hash of their text, is held out.
 | all of the above, 200 prompts of up to 256 tokens | {short} |
 | look-up of about 1,000 tokens | {long} |
 
-Zeros after the squared ReLU, per layer, over the held-out prompts: {zeros}.
+The short prompts have {short_range} tokens, a sixth of them of each task; the {long_count} look-ups have
+{long_range}. Zeros after the squared ReLU, per layer, over the held-out prompts: {zeros}.
 
-    python examples/evaluate_tiny.py                 # repeats the table (evaluation.json)
+    python examples/evaluate_tiny.py                 # measures it again, as JSON (evaluation.json)
     torchrun --nproc-per-node 4 examples/evaluate_tiny.py
 
 ## How it was made
@@ -106,6 +114,9 @@ def write_card(folder: Path, report: dict[str, object]) -> None:
             long=f"{report['long']:.1%}",
             rows="\n".join(rows),
             zeros=zeros,
+            short_range="{} to {}".format(*report["short_prompt_tokens"]),
+            long_range="{} to {}".format(*report["long_prompt_tokens"]),
+            long_count=LONG_COUNT,
             **{k: training[k] for k in ("steps", "tokens", "minutes")},
         )
     )

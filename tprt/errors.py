@@ -30,6 +30,16 @@ class TprtError(Exception):
         known = {c.__name__: c for c in _subclasses(TprtError)}
         return known.get(kind, TprtError)(what, where=where, hint=hint)
 
+    @property
+    def one_line(self) -> str:
+        """For places that hold one line of text."""
+        parts = [
+            self.what,
+            self.where and f"where: {self.where}",
+            self.hint and f"try: {self.hint}",
+        ]
+        return " ".join("; ".join(part for part in parts if part).split())
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:

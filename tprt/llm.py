@@ -540,8 +540,10 @@ def _engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
     try:
         return EngineConfig(dtype=dtype, **engine)
     except TypeError as error:
+        what = str(error).replace("EngineConfig.__init__()", "LLM()")
         known = ", ".join(EngineConfig.__dataclass_fields__)
-        raise ConfigError(f"LLM: {error}", hint=f"engine settings are {known}") from None
+        hint = f"the arguments of LLM, or engine settings: {known}"
+        raise ConfigError(what, hint=hint) from None
 
 
 def _pair(

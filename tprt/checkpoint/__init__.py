@@ -101,9 +101,9 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            "no such folder; as a hub id it needs the package huggingface_hub",
+            "no such folder here, and hub ids need the package huggingface_hub",
             where=name,
-            hint="pip install huggingface_hub",
+            hint="check the path; if it is a hub id, pip install huggingface_hub",
         ) from error
     try:
         return Path(

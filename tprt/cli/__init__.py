@@ -5,6 +5,7 @@ Nothing heavy is imported until a subcommand runs, so that ``--help`` answers at
 
 import argparse
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from tprt import __version__
 from tprt.cli import convert, generate, inspect, plan
@@ -27,6 +29,7 @@ GRACE_SECONDS = 2.0
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tprt",
+        allow_abbrev=False,
         description="Tensor-parallel inference for Persimmon-8B and models like it.",
         epilog="Exit codes: 0 good, 1 bug, 2 usage or config, 3 checkpoint or tokenizer, 4 finished "
         "with failed records, 5 output, 6 rank failure, 7 ranks disagree, 8 does not fit, "
@@ -37,14 +40,17 @@ def build_parser() -> argparse.ArgumentParser:
     for module in (generate, inspect, convert, plan):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(run=module.run)
+        command.allow_abbrev = False
+        command.set_defaults(run=module.run, parser=command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser().parse_args(arguments)
+    args, unknown = build_parser().parse_known_args(arguments)
+    if unknown:
+        _refuse(args.parser, unknown)
     args.arguments = arguments
     setup_cli_logging("debug" if args.debug else "info")
     try:
@@ -75,6 +81,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.debug,
         )
         return EXIT_BUG
+
+
+def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
+    """Like argparse, but with the usage of the command itself."""
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    name = unknown[0].partition("=")[0]
+    near = difflib.get_close_matches(name, flags, n=1)
+    if name == "--tp" and "--nproc" in flags:
+        near = ["--nproc, which starts that many ranks"]
+    hint = f"; did you mean {near[0]}?" if near else ""
+    parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 class _Terminated(BaseException):

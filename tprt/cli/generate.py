@@ -27,10 +27,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="IN.jsonl", help="one JSON object per line")
     parser.add_argument("--output", metavar="OUT.jsonl", help="appears when all is done")
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this host")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens per completion")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens per completion (16)"
+    )
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="0 to 1 (1.0, off)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (0)")
     parser.add_argument("--seed", type=int, metavar="SEED", help="of the whole job")
     parser.add_argument(
         "--show", action="store_true", help="print a table of prompts and texts at the end"
@@ -54,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"{', '.join(missing)} missing", hint="give the flag, or the setting in --config"
         )
+    for flag, value in (("input", settings.job.input), ("output", settings.job.output)):
+        if value == "-":
+            raise ConfigError(f"--{flag} is '-'", hint="the path of a file")
     ranks = settings.parallel.tensor or 1
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ:
@@ -128,6 +133,8 @@ def _show(report: "JobReport") -> None:
         text = record.error if output is None else output.outputs[0].text.strip()
         table.add_row(_printable(shorten(record.shown, 300)), _printable(text or ""))
     Console().print(table)
+    if len(report.records) > SHOWN_RECORDS:
+        print(f"({len(report.records) - SHOWN_RECORDS} more records are not shown)")
 
 
 def _printable(text: str) -> str:

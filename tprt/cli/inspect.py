@@ -62,7 +62,7 @@ def describe(settings: Settings) -> dict[str, Any]:
                 "valid_ids": valid,
             }
         except TokenizerError as error:
-            warnings.append(" ".join(str(error).split()))
+            warnings.append(error.one_line)
         sizes = [size for size in SHOWN_SIZES if size in config.tp_sizes()]
         return {
             "path": str(reader.path),

@@ -91,6 +91,7 @@ def make_plan(
         "kv_bytes_per_token": sum(rank.kv_per_token for rank in ranks),
         "kv_bytes_per_full_sequence_per_rank": most.kv_per_token * length,
         "tokens_that_fit": fit,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
     }
 
 
@@ -110,5 +111,9 @@ def _table(result: dict[str, Any]) -> str:
             f"{sequence / GIB:>26.3f} GiB"
         )
     if result["tokens_that_fit"] is not None:
-        lines.append(f"room for {result['tokens_that_fit']:,} tokens of KV cache per rank")
+        share = result["gpu_memory_utilization"]
+        lines.append(
+            f"room for {result['tokens_that_fit']:,} tokens of KV cache per rank, in {share:.0%} of "
+            "the memory (engine.gpu_memory_utilization)"
+        )
     return "\n".join(lines)

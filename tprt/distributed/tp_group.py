@@ -91,6 +91,10 @@ def init_tp_group(group: Any = None, device: torch.device | str | None = None) -
         PeerLost: the other ranks could not be met.
     """
     device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {device}, but torch finds no GPU here", hint="device auto or cpu"
+        )
     owns_default = False
     if group is None and not dist.is_initialized():
         if launched_size() == 1:

@@ -122,5 +122,5 @@ def _check(llm: LLM, record: Record) -> Record:
     try:
         request = llm.make_request(record.prompt, record.params)
     except TprtError as error:
-        return record.failed(" ".join(str(error).split()))
+        return record.failed(error.one_line)
     return replace(record, prompt={"prompt_token_ids": request.prompt_token_ids})

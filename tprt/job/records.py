@@ -7,10 +7,10 @@ record with an error and never stops a job. Knows no model and no tensors.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tprt.engine.outputs import RequestOutput
+from tprt.engine.outputs import RequestOutput, TokenLogprobs
 from tprt.errors import ConfigError, TprtError
 from tprt.sampling_params import SamplingParams
 
@@ -19,11 +19,11 @@ OWN_KEYS = {"id", "prompt", "prompt_token_ids", "messages", "params"}
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 OPENAI_URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 # Fields of an OpenAI body that change nothing here.
-OPENAI_IGNORED = {"model", "user", "stream", "metadata", "store"}
+OPENAI_IGNORED = {"model", "user", "metadata", "store"}
 # Fields that are not implemented, at the value at which they change nothing.
 OPENAI_NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "echo": False, "logprobs": False, "best_of": 1,
-    "logit_bias": {}, "top_logprobs": 0, "suffix": "",
+    "logit_bias": {}, "top_logprobs": 0, "suffix": "", "stream": False,
 }  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def _parse(raw: bytes, number: int, defaults: SamplingParams, job_seed: int) -> 
         params = SamplingParams.from_dict(merged)
         return replace(record, prompt=prompt, params=params, shown=_shown(prompt))
     except TprtError as error:
-        return record.failed(" ".join(str(error).split()))
+        return record.failed(error.one_line)
     except (ArithmeticError, TypeError, ValueError) as error:
         return record.failed(f"a parameter cannot be read: {error}")
 
@@ -163,6 +163,9 @@ def _openai_body(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         for k, v in given.items()
         if k != OPENAI_URLS[url] and not (k in OPENAI_NEUTRAL and v == OPENAI_NEUTRAL[k])
     }
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if params.get(name):
+            raise ConfigError(f"{name} is not known in OpenAI lines; the native form has logprobs")
     if "max_completion_tokens" in params:
         params.setdefault("max_tokens", params.pop("max_completion_tokens"))
     return {kind: prompt}, params
@@ -175,21 +178,30 @@ def result_line(record: Record, output: RequestOutput | None) -> dict[str, Any]:
     if output is None:
         error = {"message": record.error, "line": record.line}
         return {"id": record.id, "prompt_tokens": 0, "outputs": [], "error": error}
-    completions = [
-        {
+    completions = []
+    for o in output.outputs:
+        completion: dict[str, Any] = {
             "index": o.index,
             "text": o.text,
             "finish_reason": o.finish_reason,
             "tokens": len(o.token_ids),
         }
-        for o in output.outputs
-    ]
-    return {
+        if o.logprobs is not None:
+            completion["logprobs"] = [_logprobs(entry) for entry in o.logprobs]
+        completions.append(completion)
+    line: dict[str, Any] = {
         "id": record.id,
         "prompt_tokens": len(output.prompt_token_ids),
         "outputs": completions,
         "error": None,
     }
+    if output.prompt_logprobs is not None:
+        line["prompt_logprobs"] = [entry and _logprobs(entry) for entry in output.prompt_logprobs]
+    return line
+
+
+def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
+    return {str(token): asdict(value) for token, value in entry.items()}
 
 
 def _openai_result(record: Record, output: RequestOutput | None) -> dict[str, Any]:

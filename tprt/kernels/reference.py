@@ -74,7 +74,12 @@ def paged_attention(
     if len(query_lens) == q_THD.shape[0]:
         return _decode_attention(q_THD, k_cache, v_cache, block_tables, context_lens, scale)
     block_size, out, start = k_cache.shape[1], torch.empty_like(q_THD), 0
+    decodes: list[tuple[int, int]] = []  # sequence, row: taken together, and not one by one
     for i, (new, old) in enumerate(zip(query_lens, context_lens, strict=True)):
+        if new == 1:
+            decodes.append((i, start))
+            start += 1
+            continue
         length = new + old
         blocks = block_tables[i, : -(-length // block_size)]
         k = k_cache[blocks].flatten(0, 1)[:length].transpose(0, 1)  # [H, L, D]
@@ -89,6 +94,11 @@ def paged_attention(
         )
         out[start : start + new] = ctx[0].transpose(0, 1)
         start += new
+    if decodes:
+        which = torch.tensor(decodes, device=q_THD.device)
+        tables, old_lens = block_tables[which[:, 0]], tuple(context_lens[i] for i, _ in decodes)
+        rows = which[:, 1]
+        out[rows] = _decode_attention(q_THD[rows], k_cache, v_cache, tables, old_lens, scale)
     return out
 
 
