@@ -1,12 +1,15 @@
 """Ranks that drift apart, or are in different calls, are named on every rank; nobody hangs."""
 
 import os
+from dataclasses import replace
 
 import pytest
 from conftest import TINY, run_ranks
 
 from tprt import LLM, SamplingParams
-from tprt.errors import RankMismatch
+from tprt.engine.control import read_records
+from tprt.engine.step_record import Kind
+from tprt.errors import ConfigError, RankMismatch
 
 PROMPTS = ["human: Reverse: lamp canoe frog cheese\n\nadept:", "human: Repeat: key door\n\nadept:"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -154,3 +157,88 @@ def test_follow_serves_every_call_until_rank_0_closes():
     texts, nothing = run_ranks(_followed, 2)
     assert nothing == []
     assert [t.split() for t in texts[:2]] == [["cheese", "frog", "canoe", "lamp"], ["key", "door"]]
+
+
+def _record(path: str) -> list[list[int]]:
+    settings = {"record_path": path, "max_num_batched_tokens": 16, "block_size": 4}
+    mixed = [SamplingParams(seed=1, max_tokens=9, n=2), SamplingParams(temperature=0.0)]
+    with open_tiny(**settings) as llm:
+        outputs = [*llm.generate(PROMPTS, mixed), *llm.generate(PROMPTS[:1], GREEDY)]
+        llm.score([[80, 81, 82]])
+        return [c.token_ids for out in outputs for c in out.outputs]
+
+
+def _replay(path: str) -> list:
+    with open_tiny(block_size=4) as llm:
+        calls = llm.replay(path)
+        after = llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].text
+        return [[(call.name, call.tokens, call.differences) for call in calls], after]
+
+
+@pytest.mark.parametrize("recorded, replayed", [(1, 1), (2, 2), (2, 1), (1, 4)])
+def test_a_record_file_runs_again(tmp_path, recorded, replayed):
+    path = str(tmp_path / "run.tprtrec")
+    wanted = run_ranks(_record, recorded, path)[0]
+    results = run_ranks(_replay, replayed, path)
+    assert all(calls == [] for calls, _ in results[1:])
+    assert all(after.split() == ["key", "door"] for _, after in results)
+    calls = results[0][0]
+    assert [(name, differences) for name, _, differences in calls] == [
+        ("generate", []), ("generate", []), ("score", []),
+    ]  # fmt: skip
+    drawn = [ids for _, tokens, _ in calls for _, ids in sorted(tokens.items())]
+    assert [ids[: len(w)] for ids, w in zip(drawn, wanted, strict=True)] == wanted
+
+
+def test_a_record_file_is_not_trusted(tmp_path):
+    path = tmp_path / "run.tprtrec"
+    _record(str(path))
+    data = path.read_bytes()
+    with open_tiny(block_size=4) as llm:
+        whole = llm.replay(path)
+        path.write_bytes(data[: len(data) * 2 // 3])  # as a killed job leaves it
+        cut = llm.replay(path)
+        first = whole[0].tokens
+        assert {k: ids[: len(first[k])] for k, ids in cut[0].tokens.items()} == {
+            k: first[k][: len(ids)] for k, ids in cut[0].tokens.items()
+        }
+        middle = len(data) // 2
+        path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+        with pytest.raises(ConfigError, match="damaged"):
+            llm.replay(path)
+        path.write_bytes(b"no records at all, but long enough to look like a header" * 20)
+        with pytest.raises(ConfigError, match="not a step record"):
+            llm.replay(path)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            llm.replay(tmp_path / "missing")
+        path.write_bytes(data)
+        assert not any(call.differences for call in llm.replay(path))
+    with open_tiny(block_size=8) as llm, pytest.raises(ConfigError, match="block_size 4"):
+        llm.replay(path)
+    with open_tiny(block_size=4, max_num_seqs=1) as llm, pytest.raises(ConfigError, match="slot"):
+        llm.replay(path)
+
+
+def test_hostile_records_stay_inside_memory(tmp_path):
+    """Every number of a step, replaced by one out of range, is refused before it indexes anything."""
+    path = tmp_path / "run.tprtrec"
+    _record(str(path))
+    with path.open("rb") as file:
+        records = list(read_records(file, "run"))
+    steps = [i for i, record in enumerate(records) if record.kind == Kind.STEP]
+    tried = 0
+    with open_tiny(block_size=4) as llm:
+        for at in steps[:4]:
+            for name in ("rows", "tokens", "blocks", "copies", "bans", "targets"):
+                section = getattr(records[at], name)
+                for place in range(min(section.size, 6)):
+                    if name == "rows" and place % 4 >= 2:
+                        continue  # counts and flags: checked with the layout
+                    wrong = section.copy()
+                    wrong.reshape(-1)[place] = 10**9
+                    hostile = [*records[:at], replace(records[at], **{name: wrong})]
+                    path.write_bytes(b"".join(record.encode().tobytes() for record in hostile))
+                    with pytest.raises(ConfigError, match="this engine has"):
+                        llm.replay(path)
+                    tried += 1
+    assert tried > 30

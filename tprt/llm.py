@@ -19,10 +19,12 @@ from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import init_tp_group, launched_size
+from tprt.engine.control import read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
 from tprt.engine.outputs import RequestOutput, StreamEvent
+from tprt.engine.replay import ReplayedCall, replay
 from tprt.engine.sequence import Request
 from tprt.engine.sequence import Sequence as EngineSequence
 from tprt.engine.streaming import RequestStream
@@ -474,6 +476,30 @@ class LLM:
             engine.abort_all()
             raise
         engine.end_call(answer.value)
+
+    def replay(self, path: str | Path | None) -> list[ReplayedCall]:
+        """Run the steps of a file written with ``record_path`` again; the calls in it, on rank 0.
+
+        The other ranks take part and get an empty list. At another TP size or dtype the same steps
+        run; in float32 they draw the same tokens.
+
+        Raises:
+            ConfigError: the file cannot be read, is damaged, or needs another model or more memory.
+        """
+        if self.tp.rank != 0:
+            self._engine.serve("replay")
+            return []
+        with self._leading("replay"):
+            try:
+                with open(str(path), "rb") as file:
+                    records = read_records(file, str(path))
+                    return replay(self._engine, records, self.num_valid_ids)
+            except OSError as error:
+                raise ConfigError(
+                    f"the record file cannot be read: {error.strerror}",
+                    where=str(path),
+                    hint="a file written with engine.record_path",
+                ) from error
 
     def follow(self) -> None:
         """On ranks above 0: take part in whatever rank 0 calls, until it closes."""

@@ -34,9 +34,7 @@ class ControlChannel:
 
     def send(self, record: StepRecord) -> int:
         """From rank 0 to all; returns the record's checksum."""
-        words = record.encode()
-        if self.record_file is not None:
-            self.record_file.write(words.astype("<i8", copy=False).data)
+        words = self.keep(record)
         if self.tp.size > 1:
             first = np.zeros(FIRST_WORDS, dtype=np.int64)
             first[: min(len(words), FIRST_WORDS)] = words[:FIRST_WORDS]
@@ -44,6 +42,13 @@ class ControlChannel:
             if len(words) > FIRST_WORDS:
                 broadcast_record(torch.from_numpy(words[FIRST_WORDS:].copy()), self.tp)
         return int(words[6])
+
+    def keep(self, record: StepRecord) -> Ints:
+        """Into the file alone, where there is one; the record's words."""
+        words = record.encode()
+        if self.record_file is not None:
+            self.record_file.write(words.astype("<i8", copy=False).data)
+        return words
 
     def receive(self) -> tuple[StepRecord, int]:
         """The next record and its checksum, on ranks above 0.

@@ -8,6 +8,7 @@ dropped. The other ranks sit in ``serve``. Knows sequences, records and text: no
 import json
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
@@ -54,6 +55,9 @@ class LLMEngine:
         self.broken = False  # ranks have computed different things; nothing here is to be trusted
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()  # rank 0
         self._following: deque[StepResult] = deque()  # the others
+        if record_file is not None:
+            text = json.dumps(self.facts()).encode()
+            self.control.keep(StepRecord(step=0, kind=Kind.OPEN, text=text))
 
     # ------------------------------------------------------------ rank 0: sequences and steps
 
@@ -182,6 +186,21 @@ class LLMEngine:
             other = int(found.top_ids[row, k])
             entry.setdefault(other, one(other, found.top[row, k], k + 1))
         return entry
+
+    def facts(self) -> dict[str, Any]:
+        """What a recorded run depends on, for the head of a record file."""
+        return {
+            "model": repr(self.runner.model.config),
+            "engine": repr(self.config),
+            "block_size": self.config.block_size,
+            "num_blocks": self.blocks.num_blocks,
+            "tensor_parallel_size": self.tp.size,
+        }
+
+    def run_record(self, record: StepRecord) -> list[int]:
+        """Rank 0: send a STEP record that was made elsewhere, run it, and wait for its tokens."""
+        record = replace(record, step=self._next_number(), look_ahead=0)
+        return self._check(self.runner.execute(record, self.control.send(record)))
 
     # ------------------------------------------------------------ calls
 

@@ -38,6 +38,7 @@ class Kind(IntEnum):
     RETURN = 3  # the call ends; ``text`` holds its results as JSON bytes, or the error
     HEARTBEAT = 4  # read the results of all steps so far; nothing else to do
     CLOSE = 5  # leave ``follow``
+    OPEN = 6  # first in a file: what engine wrote it, as JSON bytes; never sent to a rank
 
 
 class RecordLayoutError(ValueError):
