@@ -7,6 +7,7 @@ import torch
 from conftest import run_ranks
 
 from tprt.errors import ConfigError, PeerLost
+from tprt.llm import uneven_offers
 
 
 def _mesh_axis() -> list:
@@ -165,3 +166,33 @@ def test_half_precision_is_close_to_float32(program):
         off = torch.tensor(program[0][dtype]["logits"]) - exact
         assert torch.isfinite(off).all()
         assert 0 < off.std() < share * exact.std(), (dtype, off.std() / exact.std())
+
+
+def test_ranks_with_uneven_room_are_named():
+    assert uneven_offers([100, 96, 100]) == uneven_offers([7]) == ""
+    assert uneven_offers([100, 94, 101]).startswith(
+        "rank 1 has room for 94 KV blocks, rank 2 for 101"
+    )
+
+
+def _uneven_room() -> tuple[int, str]:
+    import logging
+
+    from conftest import TINY
+
+    import tprt.llm as library
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("tprt").addHandler(handler)
+    library.CPU_KV_CACHE_MEMORY = 2**22 * (3 - int(os.environ["RANK"]))
+    with library.LLM(str(TINY), dtype="float32") as llm:
+        return llm._engine.blocks.capacity, "\n".join(line for line in lines if "room" in line)
+
+
+def test_the_smallest_room_counts_and_rank_0_warns():
+    (blocks, said), (others, silent) = run_ranks(_uneven_room, 2)
+    # 3 layers x 2 x 4 heads of 32 in float32, 16 tokens a block, 8 MiB on rank 1
+    assert blocks == others == 2**23 // (3 * 2 * 4 * 32 * 4 * 16)
+    assert said.startswith("rank 1 has room for") and silent == ""

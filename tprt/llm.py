@@ -5,6 +5,7 @@ returned on every rank. It changes neither the caller's random state, environmen
 root logger nor stdout. Knows no command line and no HTTP.
 """
 
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -196,10 +197,17 @@ class LLM:
         engine, block_size = self.engine_config, self.engine_config.block_size
         memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
         if engine.kv_cache_memory is None and self.tp.device.type == "cuda":
+            place = [socket.gethostname(), torch.cuda.get_device_properties(self.tp.device).uuid]
+            sharing = gather_json([str(part) for part in place], self.tp)
             free, total = torch.cuda.mem_get_info(self.tp.device)
             memory = int(free - (1 - engine.gpu_memory_utilization) * total)
+            memory //= sharing.count([str(part) for part in place])
         usable = engine.max_num_seqs * -(-self.max_model_len // block_size)
-        blocks = min([int(n) for n in gather_json(memory // bytes_per_block, self.tp)] + [usable])
+        offers = [int(n) for n in gather_json(memory // bytes_per_block, self.tp)]
+        warning = uneven_offers(offers)
+        if warning and self.tp.rank == 0:
+            logger.warning("%s", warning)
+        blocks = min([*offers, usable])
         if blocks < 1:
             raise OutOfMemoryPlan(
                 f"{memory / 1e6:.1f} MB for the KV cache hold no block of {block_size} tokens "
@@ -543,6 +551,17 @@ class LLM:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def uneven_offers(offers: list[int]) -> str:
+    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
+    low, high = min(offers), max(offers)
+    if low >= 0.95 * high:
+        return ""
+    return (
+        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
+        "all use the smaller number. Something else may hold memory there"
+    )
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, TprtError | None]:
