@@ -7,7 +7,7 @@ import torch
 from conftest import run_ranks
 
 from tprt.errors import ConfigError, PeerLost
-from tprt.llm import uneven_offers
+from tprt.llm.startup import uneven_offers
 
 
 def _mesh_axis() -> list:
@@ -180,14 +180,15 @@ def _uneven_room() -> tuple[int, str]:
 
     from conftest import TINY
 
-    import tprt.llm as library
+    import tprt.llm.startup as startup
+    from tprt import LLM
 
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("tprt").addHandler(handler)
-    library.CPU_KV_CACHE_MEMORY = 2**22 * (3 - int(os.environ["RANK"]))
-    with library.LLM(str(TINY), dtype="float32") as llm:
+    startup.CPU_KV_CACHE_MEMORY = 2**22 * (3 - int(os.environ["RANK"]))
+    with LLM(str(TINY), dtype="float32") as llm:
         return llm._engine.blocks.capacity, "\n".join(line for line in lines if "room" in line)
 
 

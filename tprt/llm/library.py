@@ -5,20 +5,18 @@ returned on every rank. It changes neither the caller's random state, environmen
 root logger nor stdout. Knows no command line and no HTTP.
 """
 
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import torch
 
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
-from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
-from tprt.distributed.communication import gather_json
+from tprt.config import RotaryPrecision
 from tprt.distributed.tp_group import init_tp_group, launched_size
 from tprt.engine.control import read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
@@ -29,27 +27,25 @@ from tprt.engine.replay import ReplayedCall, replay
 from tprt.engine.sequence import Request
 from tprt.engine.sequence import Sequence as EngineSequence
 from tprt.engine.streaming import RequestStream
-from tprt.errors import (
-    ConfigError,
-    OutOfMemoryPlan,
-    OutputError,
-    PeerLost,
-    RankMismatch,
-    TokenizerError,
-    TprtError,
-    out_of_memory,
+from tprt.errors import ConfigError, PeerLost, RankMismatch
+from tprt.llm.startup import (
+    agree_on_blocks,
+    as_tprt_error,
+    check_ranks_agree,
+    engine_config,
+    open_record_file,
+    open_tokenizer,
+    resolve_rotary_precision,
+    together,
 )
 from tprt.log import get_logger
 from tprt.models import get_model_class
 from tprt.sampling_params import SamplingParams
-from tprt.tokenizer import Tokenizer, check_vocab, eos_warnings
+from tprt.tokenizer import check_vocab, eos_warnings
 
 logger = get_logger(__name__)
-T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
-GIB = 2**30
-CPU_KV_CACHE_MEMORY = 1 * GIB
 
 
 class LLM:
@@ -88,7 +84,7 @@ class LLM:
         **engine: Any,
     ) -> None:
         began = time.perf_counter()
-        self.engine_config = _engine_config(dtype, engine)
+        self.engine_config = engine_config(dtype, engine)
         reader = open_checkpoint(str(model), verify=verify)
         self.config = reader.config
         self.rotary_precision = resolve_rotary_precision(reader, rotary_precision)
@@ -107,7 +103,7 @@ class LLM:
 
         self.tp = init_tp_group(group, device)
         try:
-            self._check_ranks_agree(reader)
+            check_ranks_agree(self.tp, self._facts(reader))
             self._build(reader)
         except BaseException:
             self.tp.close()
@@ -141,10 +137,13 @@ class LLM:
             load_weights(model, reader)
             return model
 
-        model = self._together(load)
+        model = together(self.tp, load)
         bytes_per_token = sum(spec.bytes_per_token(dtype) for spec in model.cache_spec())
-        num_blocks = self._agree_on_blocks(bytes_per_token * block_size)
-        runner = self._together(
+        num_blocks = agree_on_blocks(
+            self.tp, self.engine_config, bytes_per_token * block_size, self.max_model_len
+        )
+        runner = together(
+            self.tp,
             lambda: ModelRunner(
                 model,
                 self.tp,
@@ -154,9 +153,12 @@ class LLM:
                 max_num_seqs=self.engine_config.max_num_seqs,
                 max_model_len=self.max_model_len,
                 num_valid=self.num_valid_ids,
-            )
+            ),
         )
-        self._record_file = self._together(self._open_record_file)
+        self._record_file = together(
+            self.tp,
+            lambda: open_record_file(self.engine_config.record_path if self.tp.rank == 0 else None),
+        )
         self._running: LLMEngine | None = LLMEngine(
             runner, self.tokenizer, self.engine_config, num_blocks, self.tp, self._record_file
         )
@@ -168,18 +170,19 @@ class LLM:
             self.engine_config.seed,
         )
 
-    def _open_record_file(self) -> BinaryIO | None:
-        path = self.engine_config.record_path
-        if path is None or self.tp.rank != 0:
-            return None
-        try:
-            return open(path, "wb")
-        except OSError as error:
-            raise OutputError(
-                f"the record file cannot be written: {error.strerror}",
-                where=path,
-                hint="another engine.record_path",
-            ) from error
+    def _facts(self, reader: CheckpointReader) -> dict[str, Any]:
+        """What must be the same on every rank."""
+        return {
+            "model": repr(self.config),
+            "layout": reader.layout,
+            "rotary_precision": self.rotary_precision,
+            "tokenizer": self.tokenizer.sha256,
+            "engine": repr(self.engine_config),
+            "num_valid_ids": self.num_valid_ids,
+            "tprt": tprt.__version__,
+            "torch": torch.__version__,
+            "device": self.tp.device.type,
+        }
 
     @property
     def _engine(self) -> LLMEngine:
@@ -191,63 +194,6 @@ class LLM:
                 hint="close it and make another one",
             )
         return self._running
-
-    def _agree_on_blocks(self, bytes_per_block: int) -> int:
-        """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
-        engine, block_size = self.engine_config, self.engine_config.block_size
-        memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
-        if engine.kv_cache_memory is None and self.tp.device.type == "cuda":
-            place = [socket.gethostname(), torch.cuda.get_device_properties(self.tp.device).uuid]
-            sharing = gather_json([str(part) for part in place], self.tp)
-            free, total = torch.cuda.mem_get_info(self.tp.device)
-            memory = int(free - (1 - engine.gpu_memory_utilization) * total)
-            memory //= sharing.count([str(part) for part in place])
-        usable = engine.max_num_seqs * -(-self.max_model_len // block_size)
-        offers = [int(n) for n in gather_json(memory // bytes_per_block, self.tp)]
-        warning = uneven_offers(offers)
-        if warning and self.tp.rank == 0:
-            logger.warning("%s", warning)
-        blocks = min([*offers, usable])
-        if blocks < 1:
-            raise OutOfMemoryPlan(
-                f"{memory / 1e6:.1f} MB for the KV cache hold no block of {block_size} tokens "
-                f"({bytes_per_block / 1e6:.1f} MB)",
-                hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
-            )
-        return blocks + 1  # block 0 belongs to padding
-
-    def _check_ranks_agree(self, reader: CheckpointReader) -> None:
-        """Compare what every rank was given before the first collective that depends on it."""
-        mine = {
-            "model": repr(self.config),
-            "layout": reader.layout,
-            "rotary_precision": self.rotary_precision,
-            "tokenizer": self.tokenizer.sha256,
-            "engine": repr(self.engine_config),
-            "num_valid_ids": self.num_valid_ids,
-            "tprt": tprt.__version__,
-            "torch": torch.__version__,
-            "device": self.tp.device.type,
-        }
-        everyone = gather_json(mine, self.tp)
-        for field, value in everyone[0].items():
-            for rank, other in enumerate(everyone):
-                if other[field] != value:
-                    raise RankMismatch(
-                        f"ranks 0 and {rank} were started with different {field}: "
-                        f"{value!r} and {other[field]!r}",
-                        hint="start every rank with the same model and settings",
-                    )
-
-    def _together(self, work: Callable[[], T]) -> T:
-        """``work()`` on every rank; if it fails anywhere, all raise the error of the first rank."""
-        value, error = _attempt(work)
-        if error is not None and self.tp.size > 1:
-            error.where = f"rank {self.tp.rank}, {error.where}"
-        for failed in gather_json(error and error.to_json(), self.tp):
-            if failed is not None:
-                raise TprtError.from_json(failed) from error
-        return cast(T, value)
 
     def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Turn a prompt into ids and check that it can ever fit. Local to this rank.
@@ -474,7 +420,7 @@ class LLM:
             raise
         except Exception as error:
             engine.abort_all()
-            told = _as_tprt_error(error)
+            told = as_tprt_error(error)
             if not isinstance(told, PeerLost | RankMismatch):
                 engine.end_call(error=told)
             if told is error:
@@ -553,44 +499,6 @@ class LLM:
         self.close()
 
 
-def uneven_offers(offers: list[int]) -> str:
-    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
-    low, high = min(offers), max(offers)
-    if low >= 0.95 * high:
-        return ""
-    return (
-        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
-        "all use the smaller number. Something else may hold memory there"
-    )
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, TprtError | None]:
-    """The value or the error of ``work``, so that peers that wait can be told before it is raised."""
-    try:
-        return work(), None
-    except Exception as error:
-        told = _as_tprt_error(error)
-        if told is not error:
-            told.__cause__ = error
-        return None, told
-
-
-def _as_tprt_error(error: Exception) -> TprtError:
-    if isinstance(error, TprtError):
-        return error
-    return out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
-
-
-def _engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
-    try:
-        return EngineConfig(dtype=dtype, **engine)
-    except TypeError as error:
-        what = str(error).replace("EngineConfig.__init__()", "LLM()")
-        known = ", ".join(EngineConfig.__dataclass_fields__)
-        hint = f"the arguments of LLM, or engine settings: {known}"
-        raise ConfigError(what, hint=hint) from None
-
-
 def _pair(
     prompts: Prompt | Sequence[Prompt] | None,
     params: SamplingParams | Sequence[SamplingParams] | None,
@@ -615,28 +523,3 @@ def _pair(
             f"{len(params)} sampling parameters for {len(prompts)} prompts", hint="as many of each"
         )
     return list(zip(prompts, params, strict=True))
-
-
-def resolve_rotary_precision(
-    reader: CheckpointReader, asked: RotaryPrecision | Literal["auto"]
-) -> RotaryPrecision:
-    """What was asked, else what the checkpoint says, else what its layout's own code does."""
-    if asked not in ("auto", "bf16", "fp32"):
-        raise ConfigError(f"rotary_precision is {asked!r}", hint="auto, bf16 or fp32")
-    if asked != "auto":
-        return asked
-    return reader.config.rotary_precision or default_rotary_precision(reader.layout)
-
-
-def open_tokenizer(
-    reader: CheckpointReader, path: str | Path | None, bos_policy: Literal["none", "bos"]
-) -> Tokenizer:
-    """The tokenizer at ``path``, or the one beside the checkpoint."""
-    found = Path(path) if path is not None else reader.tokenizer_path
-    if found is None:
-        raise TokenizerError(
-            "no sentencepiece model beside the checkpoint",
-            where=str(reader.path),
-            hint="put adept_vocab.model there, or name it with --tokenizer",
-        )
-    return Tokenizer(found, bos_policy=bos_policy)

@@ -1,0 +1,160 @@
+"""What ranks settle before a model runs: the same settings, the same memory, or the same error.
+
+Knows checkpoints, configs and ranks; the library face puts it together.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar, cast
+
+import torch
+
+from tprt.checkpoint import CheckpointReader
+from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
+from tprt.distributed.communication import gather_json
+from tprt.distributed.tp_group import TPGroup
+from tprt.errors import (
+    ConfigError,
+    OutOfMemoryPlan,
+    OutputError,
+    RankMismatch,
+    TokenizerError,
+    TprtError,
+    out_of_memory,
+)
+from tprt.log import get_logger
+from tprt.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
+T = TypeVar("T")
+
+GIB = 2**30
+CPU_KV_CACHE_MEMORY = 1 * GIB
+
+
+def engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
+    try:
+        return EngineConfig(dtype=dtype, **engine)
+    except TypeError as error:
+        what = str(error).replace("EngineConfig.__init__()", "LLM()")
+        known = ", ".join(EngineConfig.__dataclass_fields__)
+        hint = f"the arguments of LLM, or engine settings: {known}"
+        raise ConfigError(what, hint=hint) from None
+
+
+def resolve_rotary_precision(
+    reader: CheckpointReader, asked: RotaryPrecision | Literal["auto"]
+) -> RotaryPrecision:
+    """What was asked, else what the checkpoint says, else what its layout's own code does."""
+    if asked not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"rotary_precision is {asked!r}", hint="auto, bf16 or fp32")
+    if asked != "auto":
+        return asked
+    return reader.config.rotary_precision or default_rotary_precision(reader.layout)
+
+
+def open_tokenizer(
+    reader: CheckpointReader, path: str | Path | None, bos_policy: Literal["none", "bos"]
+) -> Tokenizer:
+    """The tokenizer at ``path``, or the one beside the checkpoint."""
+    found = Path(path) if path is not None else reader.tokenizer_path
+    if found is None:
+        raise TokenizerError(
+            "no sentencepiece model beside the checkpoint",
+            where=str(reader.path),
+            hint="put adept_vocab.model there, or name it with --tokenizer",
+        )
+    return Tokenizer(found, bos_policy=bos_policy)
+
+
+def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:
+    """Compare what every rank was given before the first collective that depends on it."""
+    everyone = gather_json(facts, tp)
+    for field, value in everyone[0].items():
+        for rank, other in enumerate(everyone):
+            if other[field] != value:
+                raise RankMismatch(
+                    f"ranks 0 and {rank} were started with different {field}: "
+                    f"{value!r} and {other[field]!r}",
+                    hint="start every rank with the same model and settings",
+                )
+
+
+def together(tp: TPGroup, work: Callable[[], T]) -> T:
+    """``work()`` on every rank; if it fails anywhere, all raise the error of the first rank."""
+    value, error = attempt(work)
+    if error is not None and tp.size > 1:
+        error.where = f"rank {tp.rank}, {error.where}"
+    for failed in gather_json(error and error.to_json(), tp):
+        if failed is not None:
+            raise TprtError.from_json(failed) from error
+    return cast(T, value)
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, TprtError | None]:
+    """The value or the error of ``work``, so that peers that wait can be told before it is raised."""
+    try:
+        return work(), None
+    except Exception as error:
+        told = as_tprt_error(error)
+        if told is not error:
+            told.__cause__ = error
+        return None, told
+
+
+def as_tprt_error(error: Exception) -> TprtError:
+    if isinstance(error, TprtError):
+        return error
+    return out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
+
+
+def agree_on_blocks(
+    tp: TPGroup, engine: EngineConfig, bytes_per_block: int, max_model_len: int
+) -> int:
+    """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
+    block_size = engine.block_size
+    memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
+    if engine.kv_cache_memory is None and tp.device.type == "cuda":
+        place = [socket.gethostname(), torch.cuda.get_device_properties(tp.device).uuid]
+        sharing = gather_json([str(part) for part in place], tp)
+        free, total = torch.cuda.mem_get_info(tp.device)
+        memory = int(free - (1 - engine.gpu_memory_utilization) * total)
+        memory //= sharing.count([str(part) for part in place])
+    usable = engine.max_num_seqs * -(-max_model_len // block_size)
+    offers = [int(n) for n in gather_json(memory // bytes_per_block, tp)]
+    warning = uneven_offers(offers)
+    if warning and tp.rank == 0:
+        logger.warning("%s", warning)
+    blocks = min([*offers, usable])
+    if blocks < 1:
+        raise OutOfMemoryPlan(
+            f"{memory / 1e6:.1f} MB for the KV cache hold no block of {block_size} tokens "
+            f"({bytes_per_block / 1e6:.1f} MB)",
+            hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
+        )
+    return blocks + 1  # block 0 belongs to padding
+
+
+def uneven_offers(offers: list[int]) -> str:
+    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
+    low, high = min(offers), max(offers)
+    if low >= 0.95 * high:
+        return ""
+    return (
+        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
+        "all use the smaller number. Something else may hold memory there"
+    )
+
+
+def open_record_file(path: str | None) -> BinaryIO | None:
+    if path is None:
+        return None
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise OutputError(
+            f"the record file cannot be written: {error.strerror}",
+            where=path,
+            hint="another engine.record_path",
+        ) from error
