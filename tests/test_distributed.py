@@ -1,10 +1,11 @@
 """Groups and collectives on real ranks: meshes, groups made twice, and peers that go away."""
 
 import os
+import shutil
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import TINY, run_ranks
 
 from tprt.errors import ConfigError, PeerLost
 from tprt.llm.startup import uneven_offers
@@ -83,6 +84,32 @@ def _different_settings() -> str:
 def test_ranks_with_different_settings_are_refused():
     for said in run_ranks(_different_settings, 2):
         assert said.startswith("7 ") and "engine" in said and "max_num_seqs=9" in said
+
+
+def _different_weights(other: str) -> str:
+    from conftest import TINY
+
+    from tprt import LLM
+    from tprt.errors import RankMismatch
+
+    try:
+        LLM(other if os.environ["RANK"] == "1" else str(TINY), dtype="float32")
+    except RankMismatch as error:
+        return f"{error.exit_code} {error.what}"
+    return "nothing noticed"
+
+
+def test_ranks_with_different_weights_of_the_same_shape_are_refused(tmp_path):
+    """One number of one tensor differs, and no tensor is hashed: the checksums on disk tell."""
+    copy = tmp_path / "tiny"
+    shutil.copytree(TINY, copy)
+    (path,) = copy.glob("iter_*/mp_rank_01/*.pt")
+    state = torch.load(path, weights_only=False)
+    encoder = state["model"]["language_model"]["encoder"]
+    encoder["layers.0.mlp.dense_h_to_4h.weight"].view(-1)[7] += 1
+    torch.save(state, path)
+    for said in run_ranks(_different_weights, 2, str(copy)):
+        assert said.startswith("7 ranks 0 and 1 were started with different checkpoint")
 
 
 def _in_somebodys_program() -> dict:

@@ -61,6 +61,9 @@ class BinShard:
     def verify_crc(self) -> None:
         self._file.verify_crc()
 
+    def checksums(self) -> list[object]:
+        return self._file.checksums()
+
     def close(self) -> None:
         self._stored.clear()
 
@@ -142,6 +145,9 @@ class HuggingFaceReader(CheckpointReader):
                 f"{unchecked} safetensors files carry no checksums: only sizes were verified "
                 "(tprt convert --format presharded adds digests)"
             )
+
+    def checksums(self) -> list[list[object]]:
+        return [shard.checksums() for shard in self._shards]
 
     @property
     def bytes_read(self) -> int:

@@ -171,6 +171,9 @@ class MegatronReader(CheckpointReader):
         for file in self._files:
             file.verify_crc()
 
+    def checksums(self) -> list[list[object]]:
+        return [file.checksums() for file in self._files]
+
     @property
     def bytes_read(self) -> int:
         return sum(file.bytes_read for file in self._files)

@@ -199,6 +199,9 @@ class PreshardedReader(CheckpointReader):
                     )
             file.bytes_read = before
 
+    def checksums(self) -> list[list[object]]:
+        return [sorted(digests.items()) for digests in self._digests]
+
     @property
     def bytes_read(self) -> int:
         return sum(file.bytes_read for file in self._files)

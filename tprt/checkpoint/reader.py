@@ -4,6 +4,8 @@ Names are Hugging Face's, shapes are those of the whole model. This file knows n
 class; sizes come from the config.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -88,6 +90,20 @@ class CheckpointReader(ABC):
         Raises:
             CheckpointError: names the file and the member or tensor that is damaged.
         """
+
+    @abstractmethod
+    def checksums(self) -> list[list[object]]:
+        """What names and headers say of the contents, without reading them."""
+
+    def fingerprint(self) -> str:
+        """Hash of names, shapes, dtypes and ``checksums``: equal for ranks that read one checkpoint.
+
+        Megatron and .bin files carry a CRC-32 of every tensor and presharded folders a digest; of
+        safetensors files only headers and sizes are known.
+        """
+        tensors = [list(vars(info).values()) for info in self.describe()]
+        said = json.dumps([self.layout, tensors, self.checksums()], default=str)
+        return hashlib.sha256(said.encode()).hexdigest()
 
     @property
     @abstractmethod

@@ -123,6 +123,10 @@ class TorchFile:
                     hint=AGAIN_HINT,
                 )
 
+    def checksums(self) -> list[object]:
+        """CRC-32 of every member, as the zip directory says."""
+        return [[name, crc] for name, (_, _, crc) in sorted(self._members.items())]
+
     def _storage_start(self, tensor: StoredTensor) -> int:
         name = f"{self.top}/data/{tensor.storage_key}"
         expected = tensor.storage_numel * tensor.dtype.itemsize

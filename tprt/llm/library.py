@@ -175,6 +175,7 @@ class LLM:
         return {
             "model": repr(self.config),
             "layout": reader.layout,
+            "checkpoint": reader.fingerprint(),
             "rotary_precision": self.rotary_precision,
             "tokenizer": self.tokenizer.sha256,
             "engine": repr(self.engine_config),
