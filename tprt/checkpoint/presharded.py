@@ -200,7 +200,7 @@ class PreshardedReader(CheckpointReader):
             file.bytes_read = before
 
     def checksums(self) -> list[list[object]]:
-        return [sorted(digests.items()) for digests in self._digests]
+        return [list[object](sorted(digests.items())) for digests in self._digests]
 
     @property
     def bytes_read(self) -> int:
