@@ -92,10 +92,10 @@ class InputProcessor:
     def _spellings(self, words: Sequence[str]) -> tuple[list[int], ...]:
         """Each word as it begins a text and as it goes on after a letter, without repeats."""
         found: list[list[int]] = []
+        # Behind a newline sentencepiece puts no blank in front.
+        newline = self.tokenizer.encode("\n", add_bos=False) if words else []
         for word in words:
             begun = self.tokenizer.encode(word.lstrip(" "), add_bos=False)
-            # Behind a newline sentencepiece puts no blank in front.
-            newline = self.tokenizer.encode("\n", add_bos=False)
             inner = self.tokenizer.encode("\n" + word.lstrip(" "), add_bos=False)
             found.append(begun)
             if inner[: len(newline)] == newline:

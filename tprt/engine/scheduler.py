@@ -99,12 +99,13 @@ class Scheduler:
         return plan
 
     def _admit(self, budget: int, plan: StepPlan) -> None:
-        for seq in tuple(self.waiting):
-            if budget <= 0 or not self._slots:
-                return
+        at = 0  # nothing is copied: many thousands may wait
+        while at < len(self.waiting) and budget > 0 and self._slots:
+            seq = self.waiting[at]
             leader = seq.leader
             if leader is not None and leader.slot >= 0 and not self._prompt_is_cached(leader):
-                continue  # its prompt is being computed by the first completion of its request
+                at += 1  # its prompt is being computed by the first completion of its request
+                continue
             held, computed = self._known_beginning(seq)
             # A running sequence may want a block at its next token; without room for that the
             # newcomer would be the first to go again.
@@ -114,7 +115,7 @@ class Scheduler:
                 if self.running or self._leaving or plan.rows:
                     return
             self.blocks.share(held)
-            self.waiting.remove(seq)
+            del self.waiting[at]
             seq.slot, seq.block_table, seq.num_computed = self._slots.pop(), list(held), computed
             seq.num_cached_tokens = max(seq.num_cached_tokens, computed)
             insort(self.running, seq, key=_arrival)
