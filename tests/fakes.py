@@ -63,12 +63,12 @@ class HashModel:
 
     def __call__(self, batch, caches):
         self.passes += 1
-        memory = caches[0].k.flatten()
-        memory[batch.slot_mapping] = batch.input_ids.to(memory.dtype)
+        memory = caches[0].kv.view(-1)
+        memory[batch.slot_mapping[0]] = batch.input_ids.to(memory.dtype)
         size = caches[0].k.shape[1]
         histories, row = [], 0
         for i, (new, old) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
-            places = batch.block_tables[i].repeat_interleave(size) * size
+            places = batch.block_tables[i].repeat_interleave(size) * 2 * size
             places = places + torch.arange(len(places)) % size
             ids = memory[places[: old + new]].long().tolist()
             histories += [ids[: old + k + 1] for k in range(new)]

@@ -21,6 +21,7 @@ from tprt.distributed.sharding import (
 )
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import ConfigError
+from tprt.layers.attention import QKNormRotary
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tprt.layers.norm import HeadLayerNorm
@@ -89,18 +90,30 @@ def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size, monkeypat
 
 
 @pytest.mark.parametrize("per_head", [False, True])
-def test_head_layernorm_gives_each_head_its_own_pair(per_head):
+def test_queries_and_keys_have_norms_of_their_own_per_head(per_head):
     torch.manual_seed(0)
     shape = (4, 6) if per_head else (6,)
-    whole = {"weight": torch.randn(shape), "bias": torch.randn(shape)}
-    x = torch.randn(3, 4, 6)
-    expected = F.layer_norm(x, (6,), eps=1e-5) * whole["weight"] + whole["bias"]
+    pairs = [{"weight": torch.randn(shape), "bias": torch.randn(shape)} for _ in "qk"]
+    x = torch.randn(3, 4, 2, 6)
+    still = torch.ones(3, 1, 1, 2), torch.zeros(3, 1, 1, 2)  # no rotation
+    expected = [
+        F.layer_norm(x[:, :, i], (6,), eps=1e-5) * pair["weight"] + pair["bias"]
+        for i, pair in enumerate(pairs)
+    ]
     out = []
     for tp in ranks(2):
-        norm = fill(HeadLayerNorm(4, 6, 1e-5, tp, F32, per_head), whole)
-        assert norm.weight.shape == (2, 6)
-        out.append(norm(x[:, 2 * tp.rank : 2 * tp.rank + 2]))
-    torch.testing.assert_close(torch.cat(out, 1), expected)
+        norms = [fill(HeadLayerNorm(4, 6, tp, F32, per_head), pair) for pair in pairs]
+        assert norms[0].weight.shape == (2, 6)
+        layer = QKNormRotary((norms[0], norms[1]), 1e-5)
+        assert not list(layer.parameters()), "they have their names elsewhere"
+        mine = x[:, 2 * tp.rank : 2 * tp.rank + 2]
+        before = layer(mine, still)
+        layer.finish_loading()
+        after = layer(mine, still)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        out.append(after)
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([o[i] for o in out], 1), expected[i])
 
 
 def test_bf16_rotary_rounds_positions_and_products():
@@ -119,15 +132,19 @@ def test_bf16_rotary_rounds_positions_and_products():
 
 
 def test_rotary_turns_half_split_pairs_and_leaves_the_rest():
-    x = torch.randn(3, 2, 10)
-    angle = torch.tensor([[0.3, 1.1], [0.0, 0.0], [2.0, -1.0]])
-    turned = kernels.rotary(x, angle.cos(), angle.sin())
-    for t in range(3):
+    x = torch.randn(3, 2, 2, 10)
+    kept = x.clone()
+    table = RotaryEmbedding(4, 8, 100.0, "fp32", torch.device("cpu"))
+    positions = torch.tensor([0, 5, 7])
+    turned = kernels.qk_norm_rotary(x, None, None, 1e-5, *table(positions))
+    for t, position in enumerate(positions.tolist()):
         for i in range(2):  # pairs are (i, i + 2), not (2i, 2i + 1)
-            a, b, c = x[t, :, i], x[t, :, i + 2], angle[t, i]
-            torch.testing.assert_close(turned[t, :, i], a * c.cos() - b * c.sin())
-            torch.testing.assert_close(turned[t, :, i + 2], b * c.cos() + a * c.sin())
+            angle = torch.tensor(position * 100.0 ** (-2 * i / 4))
+            a, b = x[t, ..., i], x[t, ..., i + 2]
+            torch.testing.assert_close(turned[t, ..., i], a * angle.cos() - b * angle.sin())
+            torch.testing.assert_close(turned[t, ..., i + 2], b * angle.cos() + a * angle.sin())
     assert torch.equal(turned[..., 4:], x[..., 4:])
+    assert torch.equal(x, kept), "the argument is not changed"
 
 
 def test_squared_relu_in_float16_does_not_overflow():
@@ -136,21 +153,6 @@ def test_squared_relu_in_float16_does_not_overflow():
     assert y[:3].tolist() == [0.0, 0.0, 4.0]
     assert torch.isfinite(y[:6]).all() and y[4] == 65504.0
     assert torch.isnan(y[6]), "a NaN must stay visible"
-
-
-def test_attention_ignores_what_other_sequences_left_behind():
-    """Blocks reused after a sequence with NaN must not leak it: 0 x NaN is NaN."""
-    torch.manual_seed(0)
-    k = torch.full((6, 4, 2, 8), float("nan"))
-    v = k.clone()
-    slots = torch.tensor([4, 5, 6, 7, 8, 12, 13])  # sequence A: blocks 1, 2; B: block 3
-    kernels.store_kv(torch.randn(7, 2, 8), torch.randn(7, 2, 8), k, v, slots)
-    tables = torch.tensor([[1, 2], [3, 0]])
-    q = torch.randn(2, 2, 8)
-    out = kernels.paged_attention(q, k, v, tables, (1, 1), (4, 1), 0.3)
-    assert torch.isfinite(out).all()
-    alone = kernels.paged_attention(q[1:], k, v, tables[1:, :1], (1,), (1,), 0.3)
-    torch.testing.assert_close(out[1:], alone)
 
 
 @given(

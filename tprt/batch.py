@@ -1,5 +1,6 @@
 """The one argument of a forward pass. Passed along, never kept in a global."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,15 @@ class ForwardBatch:
     Args:
         input_ids: int64 [T].
         positions: int64 [T], the absolute position of each token.
-        slot_mapping: int64 [T], where each token's key and value go: block * block_size + offset.
+        slot_mapping: int64 [2, T], where each token's key (0) and value (1) go, as rows of a KV cache
+            seen as [num_blocks * 2 * block_size, H, D].
         block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
         slots: int64 [B], the row of each sequence in per-sequence state.
         query_lens: tokens of each sequence in this pass (host side, B entries).
         context_lens: tokens of each sequence already cached before this pass (host side, B entries).
         logits_rows: int64 [R], the flat rows whose logits are wanted.
+        attention: how these tokens attend over a paged cache, planned once for all layers; see
+            ``kernels.attention``.
     """
 
     input_ids: torch.Tensor
@@ -30,3 +34,4 @@ class ForwardBatch:
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
     logits_rows: torch.Tensor
+    attention: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

@@ -21,10 +21,22 @@ class PagedKVSpec:
 
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one layer: each [num_blocks, block_size, num_heads, head_dim]."""
+    """Keys and values of one layer, [num_blocks, 2, block_size, num_heads, head_dim].
 
-    k: torch.Tensor
-    v: torch.Tensor
+    Both in one tensor, keys before values in each block: gathering or copying a block is one access.
+    """
+
+    kv: torch.Tensor
+
+    @property
+    def k(self) -> torch.Tensor:
+        """[num_blocks, block_size, num_heads, head_dim], a view."""
+        return self.kv[:, 0]
+
+    @property
+    def v(self) -> torch.Tensor:
+        """As ``k``."""
+        return self.kv[:, 1]
 
 
 def allocate_kv_cache(
@@ -37,7 +49,7 @@ def allocate_kv_cache(
     """One zeroed ``KVCache`` per layer; block ids are shared by all layers."""
 
     def zeros(spec: PagedKVSpec) -> torch.Tensor:
-        shape = (num_blocks, block_size, spec.num_heads, spec.head_dim)
+        shape = (num_blocks, 2, block_size, spec.num_heads, spec.head_dim)
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    return [KVCache(zeros(spec), zeros(spec)) for spec in specs]
+    return [KVCache(zeros(spec)) for spec in specs]

@@ -14,11 +14,12 @@ from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
 from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.digest import check_digests, digest
+from tprt.engine.digest import NOTHING, check_digests, digest
 from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
 from tprt.engine.sampler import DrawRows, Sampler
 from tprt.engine.slot_state import SlotState
 from tprt.engine.step_record import ALL_LOGITS, DRAW, PROMPT_LOGPROBS, SlotOptions, StepRecord
+from tprt.kernels import attention_planner
 from tprt.models.persimmon import PersimmonForCausalLM
 
 
@@ -73,8 +74,11 @@ class ModelRunner:
         num_valid: int,
     ) -> None:
         self.model, self.tp, self.block_size = model, tp, block_size
-        self.caches = allocate_kv_cache(
-            model.cache_spec(), num_blocks, block_size, dtype, tp.device
+        specs = model.cache_spec()
+        self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, tp.device)
+        (spec,) = set(specs)  # one kind of attention layer
+        self.attention = attention_planner(
+            tp.device, block_size, spec.num_heads, spec.head_dim, dtype
         )
         self.vocab_size = model.config.vocab_size
         part = padded_part(self.vocab_size, tp.size)
@@ -87,10 +91,10 @@ class ModelRunner:
         """Run one STEP record. ``checksum`` is the CRC this rank found in it."""
         self._apply(record)
         batch, draws = self._prepare(record)
-        mine = digest(
-            checksum,
-            [batch.input_ids, batch.positions, self.state.block_tables[batch.slots]],
-        )
+        mine = NOTHING
+        if self.tp.size > 1:
+            tables = self.state.block_tables[batch.slots]
+            mine = digest(checksum, [batch.input_ids, batch.positions, tables])
         hidden = self.model(batch, self.caches)
         count = len(draws.slots)
         result = self._draw(record, hidden[:count], draws, mine)
@@ -100,12 +104,10 @@ class ModelRunner:
 
     def _apply(self, record: StepRecord) -> None:
         for cache in self.caches if len(record.clears) else ():
-            cache.k[record.clears] = 0
-            cache.v[record.clears] = 0
+            cache.kv[record.clears] = 0
         for source, target in record.copies.tolist():
             for cache in self.caches:
-                cache.k[target] = cache.k[source]
-                cache.v[target] = cache.v[source]
+                cache.kv[target] = cache.kv[source]
         for options in SlotOptions.decode_all(record.options):
             self.state.begin(options)
         if len(record.blocks):
@@ -119,16 +121,20 @@ class ModelRunner:
     def _prepare(self, record: StepRecord) -> tuple[ForwardBatch, DrawRows]:
         """Resolve ids, positions and places; every value is derived from the record and the state."""
         slots, starts, counts, flags = record.rows.T
-        ends = np.cumsum(counts)
+        ends, size = np.cumsum(counts), self.block_size
         positions = np.arange(len(record.tokens)) + np.repeat(starts - (ends - counts), counts)
-        slot_index, flat_positions = self._tensor(slots), self._tensor(positions)
-        flat_slots = self._tensor(np.repeat(slots, counts))
-        tokens = self._tensor(record.tokens)
-        # A token that is still on the device: what its slot drew last. A broken row drew none.
-        drawn = self.state.last_tokens[flat_slots].clamp(min=0)
-        input_ids = torch.where(tokens < 0, drawn, tokens)
-        size = self.block_size
-        places = self.state.block_tables[flat_slots, flat_positions // size]
+        token_slots = np.repeat(slots, counts)
+        host = np.stack(
+            [positions, token_slots, positions // size, positions % size, record.tokens]
+        )
+        flat_positions, flat_slots, index, offset, tokens = self._tensor(host)
+        slot_index = self._tensor(slots)
+        input_ids = tokens
+        if (record.tokens < 0).any():
+            # A token that is still on the device: what its slot drew last. A broken row drew none.
+            drawn = self.state.last_tokens[flat_slots].clamp(min=0)
+            input_ids = torch.where(tokens < 0, drawn, tokens)
+        keys = torch.add(offset, self.state.block_tables[flat_slots, index], alpha=2 * size)
         drawing = (flags & DRAW) != 0
         wanted = [*(ends[drawing] - 1)]
         for end, count in zip(
@@ -136,15 +142,18 @@ class ModelRunner:
         ):
             wanted += range(end - count, end)
         longest = -(-int((starts + counts).max()) // size)
+        tables = self.state.block_tables[slot_index, :longest]
+        query_lens, context_lens = tuple(counts.tolist()), tuple(starts.tolist())
         batch = ForwardBatch(
             input_ids=input_ids,
             positions=flat_positions,
-            slot_mapping=places * size + flat_positions % size,
-            block_tables=self.state.block_tables[slot_index, :longest],
+            slot_mapping=torch.stack([keys, keys + size]),
+            block_tables=tables,
             slots=slot_index,
-            query_lens=tuple(counts.tolist()),
-            context_lens=tuple(starts.tolist()),
+            query_lens=query_lens,
+            context_lens=context_lens,
             logits_rows=self._tensor(np.array(wanted, dtype=np.int64)),
+            attention=self.attention.plan(tables, query_lens, context_lens),
         )
         draws = DrawRows(
             slots=slots[drawing].tolist(),

@@ -60,7 +60,7 @@ class Sampler:
 
         Args:
             logits: float32 [R, part] of this rank, padding masked; they are changed.
-            digest: int64 [D] of this rank.
+            digest: int64 [D] of this rank; empty where there is no other.
 
         Returns:
             int64 [R], the same ids on every rank, NON_FINITE for a row with a NaN or infinite logit;
@@ -73,6 +73,8 @@ class Sampler:
         self, scaled: torch.Tensor, rows: DrawRows, state: SlotState, table: torch.Tensor
     ) -> torch.Tensor:
         """Logits divided by temperature, plus noise where the row is not greedy."""
+        if state.sampled.isdisjoint(rows.slots):
+            return scaled
         greedy = state.greedy[rows.slot_index]
         noise = gumbel(state.keys[rows.slot_index], rows.positions, table)
         return scaled + noise.masked_fill(greedy.unsqueeze(1), 0.0)
@@ -97,7 +99,7 @@ class Sampler:
         gathered = all_gather(torch.cat([bits, logits.flatten()]), self.tp)
         # A copy: viewed as int64, the storage has to begin at a whole number of words.
         digests = gathered[:, : len(bits)].clone(memory_format=torch.contiguous_format)
-        digests = digests.view(torch.int64)
+        digests = digests.view(torch.int64) if len(bits) else digest.unsqueeze(0)
         rest = gathered[:, len(bits) :].reshape(self.tp.size, -1, self.part)
         whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
         finite = whole.max(dim=1).values.isfinite()

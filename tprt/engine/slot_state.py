@@ -42,6 +42,7 @@ class SlotState:
         self.counts: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self.sampled: set[int] = set()  # slots that are not greedy
         self.penalized: set[int] = set()
         self.biased: set[int] = set()
 
@@ -52,6 +53,7 @@ class SlotState:
         self.last_tokens[slot] = 0
         self.keys[slot] = options.seed_key
         self.greedy[slot] = options.temperature == 0.0
+        (self.sampled.discard if options.temperature == 0.0 else self.sampled.add)(slot)
         self.temperature[slot] = options.temperature or 1.0
         self.top_k[slot], self.top_p[slot] = options.top_k, options.top_p
         self.min_p[slot] = options.min_p

@@ -1,22 +1,35 @@
-"""The operations layers call. Each has one signature; which body serves it is decided here, once.
+"""The operations layers call. Each has one signature; which body serves it is decided here.
 
-Today every operation has its plain-torch body in ``reference``.
+``reference`` is plain torch, for any device, and the oracle of the others; ``cpu`` is what CPUs run.
 """
 
-from tprt.kernels.reference import (
-    head_layer_norm,
-    layer_norm,
-    paged_attention,
-    rotary,
-    squared_relu,
-    store_kv,
-)
+import torch
+import torch.nn.functional as F
+
+from tprt.kernels import cpu
+from tprt.kernels.attention import AttentionPlan, AttentionPlanner, attention_planner
+from tprt.kernels.reference import layer_norm, qk_norm_rotary, squared_relu, store_kv
 
 __all__ = [
-    "head_layer_norm",
+    "AttentionPlan",
+    "AttentionPlanner",
+    "attention_planner",
     "layer_norm",
-    "paged_attention",
-    "rotary",
+    "linear",
+    "pack_weight",
+    "qk_norm_rotary",
     "squared_relu",
     "store_kv",
 ]
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix [out_features, in_features] as ``linear`` reads it fastest here; itself, or a copy."""
+    return cpu.pack(weight) if cpu.can_pack(weight) else weight
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b, [T, in_features] -> [T, out_features]; ``weight`` plain or from ``pack_weight``."""
+    if weight.is_mkldnn:
+        return cpu.packed_linear(x, weight, bias)
+    return F.linear(x, weight, bias)

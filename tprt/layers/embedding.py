@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tprt import kernels
 from tprt.distributed.communication import all_reduce
 from tprt.distributed.sharding import padded_cut, padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.layers.linear import sharded_parameter
+from tprt.layers.linear import ParallelLinear, sharded_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -30,7 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         return all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
 
 
-class ParallelLMHead(nn.Module):
+class ParallelLMHead(ParallelLinear):
     """Logits of this rank's part of the vocabulary; weight on disk is [vocab, hidden], no bias.
 
     Args:
@@ -46,12 +47,18 @@ class ParallelLMHead(nn.Module):
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__()
+        self.tied = tied_to is not None
         if tied_to is not None:
             self.weight = tied_to.weight
             return
         spec = padded_cut((vocab_size, hidden_size), 0, tp.rank, padded_part(vocab_size, tp.size))
         self.weight = sharded_parameter(spec, dtype, tp.device)
 
+    def finish_loading(self) -> None:
+        """As ``ParallelLinear``, but a tied weight stays: the embedding needs its rows."""
+        if not self.tied:
+            super().finish_loading()
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part]. Padding rows give 0; the sampler masks them."""
-        return F.linear(hidden, self.weight).float()
+        return kernels.linear(hidden, self.weight).float()

@@ -1,9 +1,9 @@
 """Linear layers cut over ranks. They take sizes and a ``TPGroup``, never a model's config."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from tprt import kernels
 from tprt.distributed.communication import all_reduce
 from tprt.distributed.sharding import ShardSpec, cut, replicated
 from tprt.distributed.tp_group import TPGroup
@@ -17,7 +17,20 @@ def sharded_parameter(spec: ShardSpec, dtype: torch.dtype, device: torch.device)
     return parameter
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelLinear(nn.Module):
+    """What column- and row-parallel layers share: a matrix that can be laid out for its kernel."""
+
+    weight: torch.Tensor
+
+    def finish_loading(self) -> None:
+        """Lay the weight out as this device reads it fastest. It is no parameter any more."""
+        packed = kernels.pack_weight(self.weight)
+        if packed is not self.weight:
+            del self.weight
+            self.weight = packed
+
+
+class ColumnParallelLinear(ParallelLinear):
     """y = x W^T + b with the output features cut over ranks.
 
     Args:
@@ -35,10 +48,10 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, out_features / size]."""
-        return F.linear(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """y = x W^T + b with the input features cut over ranks; the bias enters once, after the sum."""
 
     def __init__(
@@ -53,6 +66,6 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features / size] -> [T, out_features], the same on every rank."""
         if self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        partial = F.linear(x, self.weight)
+            return kernels.linear(x, self.weight, self.bias)
+        partial = kernels.linear(x, self.weight)
         return all_reduce(partial, self.tp) + self.bias

@@ -24,7 +24,9 @@ class LayerNorm(nn.Module):
 
 
 class HeadLayerNorm(nn.Module):
-    """LayerNorm over the width of one head; held per local head whatever the checkpoint shares.
+    """Weight and bias of a LayerNorm over the width of one head.
+
+    Held per local head whatever the checkpoint shares; ``Attention`` applies it.
 
     Args:
         num_heads: of the whole model.
@@ -33,23 +35,12 @@ class HeadLayerNorm(nn.Module):
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        eps: float,
-        tp: TPGroup,
-        dtype: torch.dtype,
-        per_head: bool,
+        self, num_heads: int, head_dim: int, tp: TPGroup, dtype: torch.dtype, per_head: bool
     ) -> None:
         super().__init__()
-        self.eps = eps
         if per_head:
             spec = cut((num_heads, head_dim), 0, tp.rank, tp.size)
         else:
             spec = broadcast_rows(num_heads // tp.size, (head_dim,))
         self.weight = sharded_parameter(spec, dtype, tp.device)
         self.bias = sharded_parameter(spec, dtype, tp.device)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, local heads, head_dim] -> the same shape and dtype."""
-        return kernels.head_layer_norm(x, self.weight, self.bias, self.eps)

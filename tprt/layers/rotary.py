@@ -1,11 +1,12 @@
-"""Rotary position embedding of part of a head, in the two precisions Persimmon is run in."""
+"""Rotary position embedding of part of a head, in the two precisions Persimmon is run in.
+
+Gives the angles of a pass, once for all layers; ``kernels.qk_norm_rotary`` turns by them.
+"""
 
 from typing import Literal
 
 import torch
 from torch import nn
-
-from tprt import kernels
 
 
 class RotaryEmbedding(nn.Module):
@@ -36,9 +37,12 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cos", angles.cos().float(), persistent=False)
         self.register_buffer("sin", angles.sin().float(), persistent=False)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q, k [T, heads, head_dim] at int64 positions [T]."""
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [T] -> cos and sin, float32 [T, 1, 1, rotary_dim] each.
+
+        Both halves of a pair are there, with the sign of the sum in sin: dimension i becomes
+        x[i] cos[i] + x[i +- rotary_dim / 2] sin[i].
+        """
         cos, sin = self.cos[positions], self.sin[positions]
-        return kernels.rotary(q, cos, sin), kernels.rotary(k, cos, sin)
+        cos, sin = torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
+        return cos[:, None, None], sin[:, None, None]

@@ -13,38 +13,37 @@ from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.config import PersimmonConfig, RotaryPrecision
 from tprt.distributed.tp_group import TPGroup
 from tprt.layers.activation import SquaredReLU
-from tprt.layers.attention import Attention
+from tprt.layers.attention import Angles, Attention, QKNormRotary
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tprt.layers.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
 from tprt.layers.norm import HeadLayerNorm, LayerNorm
 from tprt.layers.rotary import RotaryEmbedding
 
 
 class PersimmonAttention(nn.Module):
-    def __init__(
-        self, config: PersimmonConfig, rotary: RotaryEmbedding, tp: TPGroup, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: PersimmonConfig, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
         # Rows are ordered head by head with q, k, v inside a head: an even cut is whole heads.
         self.query_key_value = ColumnParallelLinear(hidden, 3 * hidden, tp, dtype)
         self.dense = RowParallelLinear(hidden, hidden, tp, dtype)
-        self.q_layernorm: nn.Module = nn.Identity()
-        self.k_layernorm: nn.Module = nn.Identity()
-        if config.qk_layernorm != "none":
-            per_head = config.qk_layernorm == "per_head"
-            eps = config.layer_norm_eps
-            self.q_layernorm = HeadLayerNorm(heads, head_dim, eps, tp, dtype, per_head)
-            self.k_layernorm = HeadLayerNorm(heads, head_dim, eps, tp, dtype, per_head)
-        self.rotary_emb = rotary
+        eps, norms = config.layer_norm_eps, config.qk_layernorm
+        if norms != "none":
+            per_head = norms == "per_head"
+            self.q_layernorm = HeadLayerNorm(heads, head_dim, tp, dtype, per_head)
+            self.k_layernorm = HeadLayerNorm(heads, head_dim, tp, dtype, per_head)
+            self.qk_norm_rotary = QKNormRotary((self.q_layernorm, self.k_layernorm), eps)
+        else:
+            self.qk_norm_rotary = QKNormRotary(None, eps)
         self.attention = Attention(heads, head_dim, tp)
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, angles: Angles, batch: ForwardBatch, cache: KVCache
+    ) -> torch.Tensor:
         local = (-1, self.attention.num_heads, 3, self.attention.head_dim)
-        q, k, v = self.query_key_value(x).view(local).unbind(2)  # each [T, heads, head_dim]
-        q, k = self.q_layernorm(q), self.k_layernorm(k)
-        q, k = self.rotary_emb(q, k, batch.positions)
-        context = self.attention(q, k, v, batch, cache)
+        qkv = self.query_key_value(x).view(local)
+        q, k = self.qk_norm_rotary(qkv[:, :, :2], angles)
+        context = self.attention(q, k, qkv[:, :, 2], batch, cache)
         return self.dense(context)
 
 
@@ -61,18 +60,26 @@ class PersimmonMLP(nn.Module):
 
 
 class PersimmonDecoderLayer(nn.Module):
-    def __init__(
-        self, config: PersimmonConfig, rotary: RotaryEmbedding, tp: TPGroup, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: PersimmonConfig, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.layer_norm_eps
         self.input_layernorm = LayerNorm(hidden, eps, tp, dtype)
-        self.self_attn = PersimmonAttention(config, rotary, tp, dtype)
+        self.self_attn = PersimmonAttention(config, tp, dtype)
         self.post_attention_layernorm = LayerNorm(hidden, eps, tp, dtype)
         self.mlp = PersimmonMLP(config, tp, dtype)
 
-    def forward(self, x: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), batch, cache)
+    def forward(
+        self,
+        x: torch.Tensor,
+        angles: Angles,
+        batch: ForwardBatch,
+        cache: KVCache,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, hidden_size] -> the same; with ``rows`` [R], those rows only, [R, hidden_size]."""
+        x = x + self.self_attn(self.input_layernorm(x), angles, batch, cache)
+        if rows is not None:
+            x = x[rows]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -87,21 +94,23 @@ class PersimmonModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, dtype)
-        rotary = RotaryEmbedding(
+        self.rotary_emb = RotaryEmbedding(
             config.rotary_dim, max_positions, config.rope_theta, rotary_precision, tp.device
         )
         self.layers = nn.ModuleList(
-            PersimmonDecoderLayer(config, rotary, tp, dtype)
-            for _ in range(config.num_hidden_layers)
+            PersimmonDecoderLayer(config, tp, dtype) for _ in range(config.num_hidden_layers)
         )
         self.final_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps, tp, dtype)
 
     def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
         """Hidden states [R, hidden_size] of the rows whose logits are wanted."""
         x = self.embed_tokens(batch.input_ids)  # [T, hidden_size]
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, batch, cache)
-        return self.final_layernorm(x[batch.logits_rows])
+        angles = self.rotary_emb(batch.positions)
+        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
+            x = layer(x, angles, batch, cache)
+        # No later layer looks at the other rows: most of a prompt skips the last MLP.
+        x = self.layers[-1](x, angles, batch, caches[-1], batch.logits_rows)
+        return self.final_layernorm(x)
 
 
 class PersimmonForCausalLM(nn.Module):
@@ -133,6 +142,15 @@ class PersimmonForCausalLM(nn.Module):
         self.model = PersimmonModel(config, tp, dtype, rotary_precision, positions)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, dtype, tied)
+
+    def finish_loading(self) -> None:
+        """After the weights are in: lay them out as this device reads them fastest.
+
+        Nothing can be loaded or saved any more. Without it the model runs, slower.
+        """
+        for module in self.modules():
+            if isinstance(module, ParallelLinear | QKNormRotary):
+                module.finish_loading()
 
     def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
         """Hidden states [R, hidden_size] after the last LayerNorm, the same on every rank."""
