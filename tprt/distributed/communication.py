@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,11 +47,20 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     return out.view(tp.size, *x.shape)
 
 
-def broadcast_record(words: torch.Tensor, tp: TPGroup) -> torch.Tensor:
-    """Rank 0's int64 host tensor to all ranks, in place, over the control group."""
+def broadcast_record(
+    words: torch.Tensor, tp: TPGroup, timeout: timedelta | None = None
+) -> torch.Tensor:
+    """Rank 0's int64 host tensor to all ranks, in place, over the control group.
+
+    Args:
+        timeout: None is the group's. A rank that has run into one can use the group no more, and its
+            peers soon find it gone.
+    """
     if tp.size > 1:
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
+        if timeout is not None:
+            options.timeout = timeout
         _wait(lambda: tp.control_group.broadcast([words], options), tp)
     return words
 

@@ -124,7 +124,7 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
     # may differ in that, and a name used before leads to the addresses of a group that is gone.
     key = "_".join(map(str, ranks))
     _made[key] += 1
-    store = PrefixStore(f"tprt/{key}/{_made[key]}", _get_default_store())
+    store = PrefixStore(f"tprt/{key}/{_made[key]}", _own_connection())
     cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, HOST_TIMEOUT)
     control_group = ProcessGroupGloo(PrefixStore("control", store), rank, size, HOST_TIMEOUT)
     device_group: Any = cpu_group
@@ -135,6 +135,12 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
         options._timeout = DEVICE_TIMEOUT
         device_group = ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
     return TPGroup(rank, size, device, device_group, cpu_group, control_group, store, owns_default)
+
+
+def _own_connection() -> Any:
+    """The default store over a connection of our own: who waits on one keeps all others off it."""
+    store: Any = _get_default_store()  # torch's stubs lack clone()
+    return store.clone()
 
 
 _made: Counter[str] = Counter()  # groups made so far over the same ranks; members count alike

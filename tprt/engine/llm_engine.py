@@ -9,6 +9,7 @@ import json
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any, BinaryIO
 
 import torch
@@ -17,7 +18,7 @@ from tprt.cache.block_manager import BlockManager
 from tprt.config import EngineConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.control import ControlChannel
+from tprt.engine.control import ControlChannel, silence_limit
 from tprt.engine.logprobs import Logprobs
 from tprt.engine.model_runner import ModelRunner, StepResult
 from tprt.engine.noise import NON_FINITE
@@ -28,6 +29,8 @@ from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
 from tprt.errors import RankMismatch, TprtError
 from tprt.tokenizer import Detokenizer, Tokenizer
+
+CLOSE_TIMEOUT = timedelta(seconds=60)  # ranks in ``follow`` listen, or end a step
 
 
 class LLMEngine:
@@ -235,9 +238,17 @@ class LLMEngine:
         text = json.dumps(answer).encode() if self.wants_answer else b""
         self.control.send(StepRecord(step=self._next_number(), kind=Kind.RETURN, text=text))
 
-    def send_close(self) -> None:
-        """Rank 0 lets the others leave ``follow``."""
-        self.control.send(StepRecord(step=self._next_number(), kind=Kind.CLOSE))
+    def close(self) -> None:
+        """Rank 0 ends its heartbeats and lets the others leave ``follow``, where all are in it.
+
+        Raises:
+            PeerLost: they could not be told, and no call has said so yet.
+        """
+        self.control.end_heartbeats()
+        # After a mismatch they have left ``follow``: nobody would receive anything.
+        if not self.broken and not self.control.lost and self.control.followed():
+            record = StepRecord(step=self._next_number(), kind=Kind.CLOSE)
+            self.control.send(record, CLOSE_TIMEOUT)
 
     def serve(self, name: str | None) -> tuple[Any, list[torch.Tensor]]:
         """Ranks above 0: carry out records until call ``name`` returns; its value and logits.
@@ -249,15 +260,18 @@ class LLMEngine:
             TprtError: what rank 0's call ended with.
         """
         logits: list[torch.Tensor] = []
+        timeout: timedelta | None = None  # of a follower that has heard a heartbeat
         while True:
-            record, checksum = self.control.receive()
+            record, checksum = self.control.receive(timeout)
+            if name is None:
+                timeout = silence_limit(record) or timeout
             if record.kind == Kind.CALL:
                 self._agree_on_call(name)
             elif record.kind == Kind.STEP:
                 self._following.append(self.runner.execute(record, checksum))
                 self._flush(keep=record.look_ahead, logits=logits)
             else:
-                self._flush(keep=0, logits=logits)
+                self._flush(keep=record.look_ahead, logits=logits)
                 if record.kind == Kind.CLOSE:
                     if name is None:
                         return None, []

@@ -7,7 +7,7 @@ root logger nor stdout. Knows no command line and no HTTP.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Literal, cast
@@ -17,8 +17,8 @@ import torch
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import RotaryPrecision
-from tprt.distributed.tp_group import init_tp_group, launched_size
-from tprt.engine.control import read_records
+from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
+from tprt.engine.control import following_key, read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
@@ -27,7 +27,8 @@ from tprt.engine.replay import ReplayedCall, replay
 from tprt.engine.sequence import Request
 from tprt.engine.sequence import Sequence as EngineSequence
 from tprt.engine.streaming import RequestStream
-from tprt.errors import ConfigError, PeerLost, RankMismatch
+from tprt.errors import ConfigError, PeerLost, RankMismatch, TprtError
+from tprt.llm.arguments import pair
 from tprt.llm.startup import (
     agree_on_blocks,
     as_tprt_error,
@@ -110,6 +111,7 @@ class LLM:
             raise
         self._requests: dict[int, RequestStream] = {}
         self._stepping = False
+        self._call: str | None = None  # rank 0: what is under way
         for warning in [*reader.warnings, *eos_warnings(self.tokenizer, self.config.eos_token_id)]:
             logger.warning("%s", warning)
         logger.info(
@@ -135,6 +137,7 @@ class LLM:
                 self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
             ).eval()
             load_weights(model, reader)
+            model.finish_loading()
             return model
 
         model = together(self.tp, load)
@@ -296,14 +299,15 @@ class LLM:
         self._lead_only("step")
         if not self._requests and self._engine.idle:
             return []
+        engine = self._engine
         if not self._stepping:
-            self._engine.begin_call("step")
+            engine.begin_call("step")
             self._stepping = True
         try:
-            self._engine.step()
+            engine.step()
         except BaseException:
             self._requests.clear()
-            self._engine.abort_all()
+            engine.abort_all()
             raise
         events = list(self._events(self._requests.values()))
         for request_id in [i for i, stream in self._requests.items() if stream.finished]:
@@ -338,6 +342,7 @@ class LLM:
                 f"{name}() was called on rank {self.tp.rank}",
                 hint="drive steps on rank 0 while the other ranks sit in follow()",
             )
+        self._refuse_inside_call(name)
 
     def _add_all(
         self,
@@ -348,7 +353,7 @@ class LLM:
         first = self._engine.num_arrivals
         requests = [
             self._inputs.request(prompt, each, first + i)
-            for i, (prompt, each) in enumerate(_pair(prompts, params))
+            for i, (prompt, each) in enumerate(pair(prompts, params))
         ]
         return [self._engine.add(request) for request in requests]
 
@@ -404,33 +409,47 @@ class LLM:
     def _leading(self, name: str) -> Iterator[SimpleNamespace]:
         """Rank 0's side of a call: the others get ``.value`` at its end, or the error.
 
-        Requests added one by one are not mixed with a call.
+        Requests added one by one are not mixed with a call. While a stream waits for its reader the
+        LLM may be closed, so nothing here may hold the engine.
         """
         if self._requests:
             raise ConfigError(
                 f"{name}() while {len(self._requests)} added requests are unfinished",
                 hint="step() until they have finished, or abort() them",
             )
-        engine, answer = self._engine, SimpleNamespace(value=None)
-        engine.begin_call(name)
+        self._refuse_inside_call(name)
+        answer = SimpleNamespace(value=None)
+        self._engine.begin_call(name)
+        self._call = name
         try:
             yield answer
-        except GeneratorExit:  # the reader of a stream has left
-            engine.abort_all()
-            engine.end_call()
-            raise
-        except Exception as error:
-            engine.abort_all()
-            told = as_tprt_error(error)
-            if not isinstance(told, PeerLost | RankMismatch):
-                engine.end_call(error=told)
+        except BaseException as error:
+            self._call = None
+            told = as_tprt_error(error) if isinstance(error, Exception) else error
+            if self._running is not None:
+                self._running.abort_all()
+                self._tell_others(self._running, told)
             if told is error:
                 raise
             raise told from error
-        except BaseException:  # an interrupt: the others learn of it when this process ends
-            engine.abort_all()
-            raise
-        engine.end_call(answer.value)
+        self._call = None
+        self._engine.end_call(answer.value)
+
+    def _tell_others(self, engine: LLMEngine, error: BaseException) -> None:
+        """End the call on the other ranks as it ended here."""
+        if isinstance(error, GeneratorExit):  # the reader of a stream has left
+            engine.end_call()
+        elif isinstance(error, TprtError) and not isinstance(error, PeerLost | RankMismatch):
+            with suppress(PeerLost):  # the first error says more
+                engine.end_call(error=error)
+        # After an interrupt they may be in the middle of a step; they learn when this process ends.
+
+    def _refuse_inside_call(self, name: str) -> None:
+        if self._call is not None:
+            raise ConfigError(
+                f"{name}() while {self._call}() is not over",
+                hint="read a stream to its end, or close() it, before anything else",
+            )
 
     def replay(self, path: str | Path | None) -> list[ReplayedCall]:
         """Run the steps of a file written with ``record_path`` again; the calls in it, on rank 0.
@@ -457,36 +476,48 @@ class LLM:
                 ) from error
 
     def follow(self) -> None:
-        """On ranks above 0: take part in whatever rank 0 calls, until it closes."""
+        """On ranks above 0: take part in whatever rank 0 calls, until it closes.
+
+        Raises:
+            PeerLost: rank 0 has died, or does not even send heartbeats any more.
+            RankMismatch: as in any call.
+        """
         if self.tp.rank == 0:
             raise ConfigError(
                 "rank 0 leads; only the others follow", hint="call generate on rank 0"
             )
-        key = f"following/{self.tp.rank}"
-        self.tp.store.set(key, "1")
+        engine, store, key = self._engine, self.tp.store, following_key(self.tp.rank)
+        store.set(key, "1")
         try:
-            self._engine.serve(None)
-        finally:
-            self.tp.store.delete_key(key)
+            engine.serve(None)
+        except PeerLost:  # the store may be lost with rank 0: to ask it could take minutes
+            raise
+        except BaseException:
+            store.delete_key(key)
+            raise
 
     def close(self) -> None:
-        """Free the model and cache, and the process groups made for it. Safe to call twice."""
-        if self._running is not None:
-            engine, self._running = self._running, None
-            # After a mismatch the others have left ``follow``: nobody would receive anything.
-            if self.tp.rank == 0 and not engine.broken and self._followed():
-                engine.send_close()
+        """Free the model and cache, and the process groups made for it. Safe to call twice.
+
+        Raises:
+            PeerLost: ranks in ``follow`` could not be told, and no call has said so before.
+        """
+        if self._running is None:
+            return
+        engine, self._running = self._running, None
+        # A closed LLM keeps its rank and size; with the groups go their threads and sockets.
+        tp, self.tp = self.tp, TPGroup(self.tp.rank, self.tp.size, self.tp.device)
+        self._requests.clear()
+        try:
+            if tp.rank == 0:
+                engine.close()
+        finally:
+            del engine
             if self._record_file is not None:
                 self._record_file.close()
-            del engine
-            self.tp.close()
-            if self.tp.device.type == "cuda":
+            tp.close()
+            if tp.device.type == "cuda":
                 torch.cuda.empty_cache()
-
-    def _followed(self) -> bool:
-        """Whether every other rank sits in ``follow``."""
-        others = range(1, self.tp.size)
-        return self.tp.size > 1 and bool(self.tp.store.check([f"following/{r}" for r in others]))
 
     def __enter__(self) -> "LLM":
         return self
@@ -497,30 +528,8 @@ class LLM:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
-
-
-def _pair(
-    prompts: Prompt | Sequence[Prompt] | None,
-    params: SamplingParams | Sequence[SamplingParams] | None,
-) -> list[tuple[Prompt, SamplingParams]]:
-    if isinstance(prompts, str | dict):
-        prompts = [prompts]
-    if not isinstance(prompts, list | tuple):
-        raise ConfigError(
-            f"rank 0 was given {type(prompts).__name__} for prompts", hint="one prompt, or a list"
-        )
-    if params is None or isinstance(params, SamplingParams):
-        return [(prompt, params or SamplingParams()) for prompt in prompts]
-    if not isinstance(params, list | tuple) or not all(
-        isinstance(p, SamplingParams) for p in params
-    ):
-        raise ConfigError(
-            f"sampling_params must be SamplingParams, not {str(params)[:80]!r}",
-            hint="SamplingParams(temperature=0.0), or one for each prompt",
-        )
-    if len(params) != len(prompts):
-        raise ConfigError(
-            f"{len(params)} sampling parameters for {len(prompts)} prompts", hint="as many of each"
-        )
-    return list(zip(prompts, params, strict=True))
+        try:
+            self.close()
+        except PeerLost:
+            if error is None:  # else the error under way says more
+                raise

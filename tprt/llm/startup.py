@@ -121,19 +121,28 @@ def agree_on_blocks(
         free, total = torch.cuda.mem_get_info(tp.device)
         memory = int(free - (1 - engine.gpu_memory_utilization) * total)
         memory //= sharing.count([str(part) for part in place])
-    usable = engine.max_num_seqs * -(-max_model_len // block_size)
     offers = [int(n) for n in gather_json(memory // bytes_per_block, tp)]
     warning = uneven_offers(offers)
     if warning and tp.rank == 0:
         logger.warning("%s", warning)
-    blocks = min([*offers, usable])
-    if blocks < 1:
+    blocks = kv_blocks(offers, engine, max_model_len)
+    if not blocks:
         raise OutOfMemoryPlan(
             f"{memory / 1e6:.1f} MB for the KV cache hold no block of {block_size} tokens "
             f"({bytes_per_block / 1e6:.1f} MB)",
             hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
         )
-    return blocks + 1  # block 0 belongs to padding
+    return blocks
+
+
+def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> int:
+    """Blocks to allocate where ranks have room for ``offers``; 0 where one rank has none.
+
+    No more than requests can ever use, and one for padding.
+    """
+    usable = engine.max_num_seqs * -(-max_model_len // engine.block_size)
+    blocks = min([*offers, usable])
+    return blocks + 1 if blocks > 0 else 0
 
 
 def uneven_offers(offers: list[int]) -> str:

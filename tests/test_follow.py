@@ -1,0 +1,281 @@
+"""Ranks in ``follow`` outlive any pause of rank 0, and notice soon when it is gone."""
+
+import os
+import signal
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from conftest import TINY, run_ranks
+from test_lockstep import damage
+
+from tprt import LLM, SamplingParams
+from tprt.engine import control
+from tprt.engine.step_record import Kind
+from tprt.errors import PeerLost, RankMismatch
+
+PROMPTS = ["human: Reverse: lamp canoe frog cheese\n\nadept:", "human: Repeat: key door\n\nadept:"]
+WORDS = [["cheese", "frog", "canoe", "lamp"], ["key", "door"]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+NEVER = 3600.0
+
+
+def open_tiny(interval: float, **settings) -> LLM:
+    control.HEARTBEAT_SECONDS = interval
+    return LLM(str(TINY), dtype="float32", kv_cache_memory=2**24, **settings)
+
+
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def words(outputs) -> list[list[str]]:
+    return [out.outputs[0].text.split() for out in outputs]
+
+
+def lost(work, *args) -> tuple[str, float]:
+    """What the ``PeerLost`` says that ``work`` must raise, and the seconds it took."""
+    began = time.monotonic()
+    with pytest.raises(PeerLost) as caught:
+        work(*args)
+    return caught.value.what, time.monotonic() - began
+
+
+def count_heartbeats(llm: LLM) -> list[int]:
+    """Fills up with the step numbers of the heartbeats of rank 0's thread, on another rank."""
+    channel, seen = llm._engine.control, []
+    receive = channel.receive
+
+    def counting(*args):
+        record, checksum = receive(*args)
+        if record.kind == Kind.HEARTBEAT and record.text:
+            seen.append(record.step)
+        return record, checksum
+
+    channel.receive = counting
+    return seen
+
+
+def _pause(interval: float) -> object:
+    with open_tiny(interval) as llm:
+        llm.tp.control_group._set_default_timeout(timedelta(seconds=1))
+        if rank():
+            if interval == NEVER:
+                return lost(llm.follow)
+            return llm.follow()
+        time.sleep(1.7)
+        if interval == NEVER:
+            return lost(llm.generate, PROMPTS, GREEDY)
+        events = llm.stream(PROMPTS, GREEDY)
+        first = next(events)
+        time.sleep(1.7)  # in the middle of a call
+        assert first.text + "".join(e.text for e in events if e.request_id == first.request_id)
+        return words(llm.generate(PROMPTS, GREEDY))
+
+
+def test_heartbeats_carry_followers_over_a_long_pause():
+    """The group's limit is 1 s here; rank 0 says nothing for 1.7 s, twice."""
+    answers, nothing = run_ranks(_pause, 2, 0.2)
+    assert answers == WORDS and nothing is None
+
+
+def test_without_heartbeats_the_same_pause_loses_them():
+    """The negative control of the test above."""
+    (_, _), (said, seconds) = run_ranks(_pause, 2, NEVER)
+    assert "1000ms" in said and seconds < 2
+
+
+def _interrupted(path: str, interval: float) -> object:
+    """Calls with records of every size, and heartbeats in every gap between them."""
+    long = {"prompt_token_ids": [80 + i % 500 for i in range(900)]}  # its record takes two messages
+    mixed = [
+        GREEDY,
+        SamplingParams(seed=1, max_tokens=9, n=2),
+        SamplingParams(max_tokens=3, seed=2),
+    ]
+    control.LOST_AFTER_INTERVALS = 10**6
+    with open_tiny(interval, record_path=path, max_num_seqs=4) as llm:
+        if rank():
+            seen = count_heartbeats(llm)
+            llm.follow()
+            return len(seen), len(set(seen))
+        found = []
+        for _ in range(3):
+            found += [out.to_json() for out in llm.generate([*PROMPTS, long], mixed)]
+            found.append(llm.score([[80, 81, 82]]))
+            for event in llm.stream(PROMPTS, GREEDY):
+                found.append(event.text)
+                time.sleep(0.01)
+        return found
+
+
+def test_heartbeats_change_nothing(tmp_path):
+    """Not the answers, not the record file, and no record has a heartbeat within it."""
+    path = tmp_path / "run"
+    calm, (none, _) = run_ranks(_interrupted, 2, str(path), NEVER)
+    recorded = path.read_bytes()
+    busy, (many, numbers) = run_ranks(_interrupted, 2, str(path), 0.0005)
+    assert none == 0 and many > 100 and numbers > 20
+    assert busy == calm and path.read_bytes() == recorded
+
+
+def _pause_before_a_mismatch() -> tuple[str, bool]:
+    with open_tiny(0.05) as llm:
+        if rank():
+            damage(llm, "token", at_step=3)
+            seen = count_heartbeats(llm)
+            with pytest.raises(RankMismatch) as caught:
+                llm.follow()
+            return caught.value.what, 4 in seen
+        llm.add_request(PROMPTS[0], GREEDY)
+        with pytest.raises(RankMismatch) as caught:
+            for _ in range(10):
+                llm.step()
+                time.sleep(0.3)
+        return caught.value.what, True
+
+
+def test_a_pause_with_a_step_in_flight_hides_no_mismatch():
+    """A heartbeat makes nobody read results sooner: else one rank leaves before rank 0 knows why."""
+    (said, _), (heard, paused) = run_ranks(_pause_before_a_mismatch, 2)
+    assert said == heard and "token ids of step 4" in said and paused
+
+
+def _slow_step() -> list[list[str]] | None:
+    with open_tiny(0.1) as llm:
+        if rank() == 0:
+            for event in llm.stream(PROMPTS, GREEDY):
+                time.sleep(0 if event.finish_reason else 0.3)
+            return words(llm.generate(PROMPTS, GREEDY))
+        runner, steps = llm._engine.runner, iter(range(10**6))
+        execute = runner.execute
+
+        def slow(*args):
+            result = execute(*args)
+            time.sleep(1.5 if next(steps) == 2 else 0)
+            return result
+
+        runner.execute = slow
+        return llm.follow()
+
+
+def test_a_rank_that_is_slow_within_a_step_is_not_lost():
+    """A heartbeat has to wait for it longer than for one that only listens: 0.6 s here."""
+    assert run_ranks(_slow_step, 2) == [WORDS, None]
+
+
+def _stopped() -> tuple[str, float]:
+    with open_tiny(0.2) as llm:
+        if rank() == 0:
+            llm.tp.store.set("pid", str(os.getpid()))
+            llm.tp.store.clone().wait(["continued"])
+            return lost(llm.generate, PROMPTS, GREEDY)
+        pid = int(llm.tp.store.get("pid"))
+        seen = count_heartbeats(llm)
+
+        def stop() -> None:
+            while not seen:
+                time.sleep(0.01)
+            os.kill(pid, signal.SIGSTOP)
+
+        threading.Thread(target=stop, daemon=True).start()
+        try:
+            return lost(llm.follow)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            llm.tp.store.set("continued", "1")
+
+
+def test_a_stopped_rank_0_is_noticed():
+    """Its sockets stay open, so only the silence tells: 6 intervals, where the group's limit is 1 h."""
+    (said, seconds), (heard, waited) = run_ranks(_stopped, 2, timeout=30)
+    assert heard == "rank 0 has sent nothing for 1.2 s, not even a heartbeat" and waited < 4
+    assert said.startswith("a collective failed") and seconds < 2
+
+
+def _stuck_follower() -> tuple[str, float]:
+    llm = open_tiny(0.2)
+    if rank() == 0:
+        time.sleep(3)
+        assert llm._engine.control._failure is not None, (
+            "the heartbeat should have failed by itself"
+        )
+        found = lost(llm.generate, PROMPTS, GREEDY)
+        assert lost(llm.generate, PROMPTS, GREEDY)[0] == found[0]
+        llm.tp.store.set("known", "1")
+        llm.close()  # nothing new to say, and nobody to wait for
+        assert not [t for t in threading.enumerate() if t.name == "tprt-heartbeat"]
+        return found
+    llm.tp.store.set("following/1", "1")  # says so, and does not listen
+    llm.tp.store.clone().wait(["known"])
+    return lost(llm.follow)
+
+
+def test_the_next_call_raises_what_a_heartbeat_met():
+    (said, seconds), _ = run_ranks(_stuck_follower, 2)
+    assert "1200ms for send" in said and seconds < 0.5
+
+
+def _gone_follower() -> str:
+    llm = open_tiny(0.2)
+    llm.tp.store.set("following/1", "1")
+    if rank() == 0:
+        time.sleep(1.5)
+        said, seconds = lost(llm.close)
+        assert seconds < 1 and threading.active_count() == 1
+        llm.close()
+        return said
+    llm.close()
+    return ""
+
+
+def test_close_raises_it_where_no_call_did():
+    said, _ = run_ranks(_gone_follower, 2)
+    assert said.startswith("a collective failed")
+
+
+kept = []
+
+
+def _ends_without_close() -> tuple[str, float] | None:
+    llm = open_tiny(0.05)
+    if rank() == 0:
+        kept.append(llm)  # so that nothing is tidied up before the process ends
+        time.sleep(0.5)
+        return words(llm.generate(PROMPTS, GREEDY))
+    return lost(llm.follow)
+
+
+def test_rank_0_that_ends_without_close_is_noticed():
+    """``run_ranks`` also checks that its process ends at once, and in peace, for all its thread."""
+    answers, (said, seconds) = run_ranks(_ends_without_close, 2)
+    assert answers == WORDS and said.startswith("a collective failed") and seconds < 20
+
+
+def _own_calls() -> bool | list[list[str]]:
+    with open_tiny(0.1) as llm:
+        seen = count_heartbeats(llm)
+        if rank() in (1, 2):
+            llm.follow()
+            return 0 in seen  # the number of the first record, so one before any call
+        if rank() == 0:
+            time.sleep(1.5)
+        found = words(llm.generate(PROMPTS if rank() == 0 else None, GREEDY))
+        if rank() == 3:
+            llm.follow()
+        while rank() == 0 and not llm._engine.control.followed():
+            time.sleep(0.01)
+        return found
+
+
+def test_ranks_in_calls_of_their_own_wait_as_long_as_they_must():
+    """No duty to send heartbeats while one rank is not in ``follow``: no deadline for the others."""
+    assert run_ranks(_own_calls, 4) == [WORDS, False, False, WORDS]
+
+
+def test_one_process_has_no_thread():
+    before = threading.active_count()
+    with open_tiny(0.01) as llm:
+        assert words(llm.generate(PROMPTS, GREEDY)) == WORDS
+        assert threading.active_count() == before
