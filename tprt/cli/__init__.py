@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from tprt import __version__
-from tprt.cli import convert, generate, inspect, plan
+from tprt.cli import bench, chat, convert, generate, inspect, plan
 from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
 from tprt.log import setup_cli_logging
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tprt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, inspect, convert, plan):
+    for module in (generate, chat, inspect, convert, plan, bench):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.allow_abbrev = False

@@ -1,9 +1,18 @@
 """Flags that several subcommands share, and how they meet the YAML settings."""
 
 import argparse
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
-from tprt.cli.settings import Settings, load_settings
+from tprt.cli.settings import ENV_PREFIX, Settings, load_settings
+from tprt.cli.strict_yaml import read_yaml_file
+from tprt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tprt.llm import LLM
+
+# Set for ranks by a launcher that hands on Ctrl-C to them: its process id.
+LAUNCHER = "TPRT_LAUNCHER"
 
 # Flag -> the setting it overrides. Values None mean the flag was not given.
 FLAGS = {
@@ -58,6 +67,15 @@ def add_model_flags(parser: argparse.ArgumentParser, *names: str) -> None:
         parser.add_argument(f"--{name}", metavar=metavar, help=text)
 
 
+def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> None:
+    """Args: what help says of --max-tokens."""
+    parser.add_argument("--max-tokens", type=int, metavar="N", help=max_tokens)
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="0 to 1 (1.0, off)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (0)")
+    parser.add_argument("--seed", type=int, metavar="SEED", help="of everything drawn")
+
+
 def settings_from(args: argparse.Namespace) -> Settings:
     """Settings of the YAML file, the environment, ``--set`` and the flags, later ones winning."""
     flags: dict[str, Any] = {}
@@ -66,3 +84,52 @@ def settings_from(args: argparse.Namespace) -> Settings:
         if value is not None:
             flags[key] = value
     return load_settings(args.config, args.set, flags)
+
+
+def is_given(args: argparse.Namespace, key: str) -> bool:
+    """Whether the user gave setting ``key`` anywhere, perhaps at its default. Mistakes are not told."""
+    if any(getattr(args, flag, None) is not None for flag, known in FLAGS.items() if known == key):
+        return True
+    variables = (
+        name.removeprefix(ENV_PREFIX) for name in os.environ if name.startswith(ENV_PREFIX)
+    )
+    given = {name.lower().replace("__", ".", 1) for name in variables}
+    given |= {override.partition("=")[0].strip() for override in args.set}
+    if key not in given and args.config is not None:
+        section, _, name = key.partition(".")
+        document = read_yaml_file(args.config, []).plain()
+        return name in ((document or {}).get(section) or {})
+    return key in given
+
+
+def ranks_to_start(settings: Settings) -> int:
+    """How many ranks to start from here; 1 means that this process is all, or a rank of a launch.
+
+    Raises:
+        ConfigError: a launcher started another number than the settings say.
+    """
+    ranks = settings.parallel.tensor
+    if "RANK" not in os.environ:
+        return ranks or 1
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks not in (None, launched):
+        raise ConfigError(
+            f"parallel.tensor is {ranks}, but {launched} ranks were started",
+            hint=f"--nproc-per-node {ranks}, or leave parallel.tensor out",
+        )
+    return 1
+
+
+def make_llm(settings: Settings) -> "LLM":
+    from tprt.llm import LLM
+
+    model = settings.model
+    return LLM(
+        model.path,
+        tokenizer=model.tokenizer,
+        rotary_precision=model.rotary_precision,
+        verify=model.verify,
+        bos_policy=model.bos_policy,
+        device=None if model.device == "auto" else model.device,
+        **vars(settings.engine_config()),
+    )

@@ -1,0 +1,103 @@
+"""One sequence alone: tokens per second of its decoding, and the share of the memory bandwidth."""
+
+import random
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio, read_bandwidth
+from tprt.bench.synthetic import (
+    greedy,
+    make_engine,
+    random_model,
+    random_prompt,
+    require_length,
+    run_requests,
+)
+from tprt.bench.transformers_peer import TransformersPeer, fastest
+from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.tp_group import TPGroup
+from tprt.engine.llm_engine import LLMEngine
+from tprt.engine.memory_plan import plan_ranks
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 128
+
+
+def decode(engine: LLMEngine, prompt: list[int]) -> float:
+    """Seconds for NEW_TOKENS tokens, the prompt included, as the peer is measured."""
+    began = time.perf_counter()
+    run_requests(engine, [greedy(prompt, NEW_TOKENS)])
+    return time.perf_counter() - began
+
+
+def weight_bytes(config: PersimmonConfig, dtype: torch.dtype, tp_size: int) -> int:
+    """Bytes of weights that a rank reads per token: all but the rows of the embedding."""
+    rank = plan_ranks(config, tp_size, dtype, config.max_position_embeddings)[0]
+    rows = -(-config.vocab_size // tp_size) * config.hidden_size * dtype.itemsize
+    return rank.weights - (0 if config.tie_word_embeddings else rows)
+
+
+def latency(
+    config: PersimmonConfig,
+    name: str,
+    engine_config: EngineConfig,
+    tp: TPGroup,
+    *,
+    vs: str | None,
+    pairs: int,
+    say: Say,
+) -> Report | None:
+    """64 prompt tokens, 128 new ones, greedy, nothing else running."""
+    settings = replace(engine_config, enable_prefix_caching=False)
+    require_length(config, settings, PROMPT_TOKENS + NEW_TOKENS)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    engine = make_engine(random_model(config, tp, dtype, settings.seed), settings)
+    if tp.rank != 0:
+        engine.serve("bench")
+        engine.close()
+        return None
+    prompt = random_prompt(random.Random(settings.seed), PROMPT_TOKENS, config.vocab_size)
+    work = [(prompt, NEW_TOKENS)]
+    engine.begin_call("bench")
+    decode(engine, prompt)
+    runs: dict[str, Run] = {"tprt": lambda: decode(engine, prompt)}
+    details: dict[str, Any] = {}
+    if vs is not None:
+        peer = TransformersPeer(config, dtype, tp.device, settings.seed)
+        details["logit_difference"] = peer.logit_difference(engine, prompt)
+        peer.generate(work, 1, "new")
+        candidates: dict[str, Run] = {
+            f"{cache} cache": partial(peer.generate, work, 1, "new", cache_implementation=cache)
+            for cache in ("dynamic", "static")
+        }
+        best, details["peer_settings_s"] = fastest(candidates, say)
+        details["peer_best"] = best
+        runs["transformers"] = candidates[best]
+    bandwidth = read_bandwidth(tp.device)
+    seconds = compare(runs, pairs, say)
+    bandwidth = max(bandwidth, read_bandwidth(tp.device))
+    engine.end_call()
+    engine.close()
+    ours = seconds.pop("tprt")
+    rate = NEW_TOKENS / statistics.median(ours)
+    return Report(
+        bench="latency",
+        model=name,
+        device=device_name(tp.device),
+        dtype=settings.dtype,
+        tp=tp.size,
+        tokens_per_s=round(rate, 1),
+        ratio={peer: median_ratio(ours, theirs) for peer, theirs in seconds.items()},
+        share_of_bandwidth=round(weight_bytes(config, dtype, tp.size) * rate / bandwidth, 3),
+        settings={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "pairs": pairs},
+        details={
+            **details,
+            "read_bandwidth_GB_per_s": round(bandwidth / 1e9, 1),
+            "weight_bytes_per_token": weight_bytes(config, dtype, tp.size),
+            "seconds": {"tprt": ours, **seconds},
+        },
+    )

@@ -1,0 +1,122 @@
+"""A model with random weights and a tokenizer without text, for measurements that need no checkpoint.
+
+Knows the engine and the models; no files and no peers.
+"""
+
+import random
+import zlib
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+
+from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.sharding import shard_spec
+from tprt.distributed.tp_group import TPGroup
+from tprt.engine.llm_engine import LLMEngine
+from tprt.engine.model_runner import ModelRunner
+from tprt.engine.sequence import Request, Sequence
+from tprt.errors import ConfigError
+from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.sampling_params import SamplingParams
+from tprt.tokenizer import Tokenizer
+
+PERSIMMON_100M = PersimmonConfig(
+    vocab_size=10240,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    head_dim=64,
+    max_position_embeddings=2048,
+)
+
+
+class NumberTokenizer:
+    """Ids whose text is their number; none of them ends a completion."""
+
+    eod_id = -1
+    special_ids: frozenset[int] = frozenset()
+    adds_dummy_prefix = removes_extra_whitespace = False
+
+    def id_to_piece(self, token_id: int) -> str:
+        return f" {token_id}"
+
+    def is_byte(self, token_id: int) -> bool:
+        return False
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.id_to_piece(token_id).encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(map(self.id_to_piece, ids))
+
+
+def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The whole float32 tensor of a parameter: normal, 0.02 wide, around 1 for weights of norms."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+    values = torch.randn(shape, generator=generator) * 0.02
+    return values + 1 if name.endswith("layernorm.weight") else values
+
+
+def random_model(
+    config: PersimmonConfig, tp: TPGroup, dtype: torch.dtype, seed: int
+) -> PersimmonForCausalLM:
+    """This rank's part of a model of ``random_tensor``s; the same whole model at any TP size."""
+    model = PersimmonForCausalLM(config, tp, dtype).eval()
+    for name, parameter in model.named_parameters():
+        spec = shard_spec(parameter)
+        whole = random_tensor(name, spec.canonical_shape, seed)
+        with torch.no_grad():
+            spec.load(parameter, whole.__getitem__)
+    model.finish_loading()
+    return model
+
+
+def make_engine(
+    model: PersimmonForCausalLM, config: EngineConfig, num_blocks: int | None = None
+) -> LLMEngine:
+    """An engine around ``model``; without ``num_blocks``, of kv_cache_memory bytes, 1 GiB if None."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    block_bytes = config.block_size * sum(s.bytes_per_token(dtype) for s in model.cache_spec())
+    num_blocks = num_blocks or (config.kv_cache_memory or 2**30) // block_bytes
+    runner = ModelRunner(
+        model,
+        model.tp,
+        dtype,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.resolve_max_model_len(model.config.max_position_embeddings),
+        num_valid=model.config.vocab_size,
+    )
+    tokenizer = cast(Tokenizer, NumberTokenizer())
+    return LLMEngine(runner, tokenizer, config, num_blocks, model.tp)
+
+
+def require_length(config: PersimmonConfig, settings: EngineConfig, tokens: int) -> None:
+    """Raises ConfigError when a sequence of ``tokens`` is longer than model or engine allow."""
+    longest = settings.resolve_max_model_len(config.max_position_embeddings)
+    if tokens > longest:
+        raise ConfigError(
+            f"this measurement needs sequences of {tokens} tokens; the longest here is {longest}",
+            hint="another --model, or a larger engine.max_model_len",
+        )
+
+
+def greedy(prompt: list[int], max_tokens: int) -> Request:
+    """A request for exactly ``max_tokens`` tokens."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return Request(prompt, params, max_tokens, seed=0)
+
+
+def run_requests(engine: LLMEngine, requests: Iterable[Request]) -> list[Sequence]:
+    """Add all at once and step until they have ended."""
+    sequences = [sequence for request in requests for sequence in engine.add(request)]
+    while not engine.idle:
+        engine.step()
+    return sequences
+
+
+def random_prompt(rng: random.Random, length: int, vocab_size: int) -> list[int]:
+    return [rng.randrange(vocab_size) for _ in range(length)]

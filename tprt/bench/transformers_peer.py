@@ -1,0 +1,160 @@
+"""Hugging Face transformers with the same weights, run as well as it can be.
+
+Needs the package transformers (``pip install tprt[dev]``). Asks our engine for logits only, to be sure
+that the weights are the same.
+"""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from tprt.bench.report import Run, Say
+from tprt.bench.synthetic import random_tensor
+from tprt.config import PersimmonConfig
+from tprt.engine.llm_engine import LLMEngine
+from tprt.engine.sequence import Request
+from tprt.errors import ConfigError, TprtError
+from tprt.sampling_params import SamplingParams
+
+MOST_DIFFERENCE = 0.5  # bfloat16 rounds differently in the two; other weights differ by several
+Work = Sequence[tuple[list[int], int]]  # prompt ids and how many to generate
+
+
+class TransformersPeer:
+    """Args:
+    config, dtype, seed: as given to ``synthetic.random_model``.
+    """
+
+    def __init__(
+        self, config: PersimmonConfig, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        if config.qk_layernorm == "per_head":
+            raise ConfigError(
+                "transformers has no q/k LayerNorm per head", hint="a model with one per layer"
+            )
+        try:
+            transformers: Any = import_module("transformers")
+        except ImportError:
+            raise ConfigError(
+                "transformers is not installed", hint="pip install transformers, or leave --vs out"
+            ) from None
+        transformers.logging.set_verbosity_error()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
+        theirs = transformers.PersimmonConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=config.max_position_embeddings,
+            layer_norm_eps=config.layer_norm_eps,
+            qk_layernorm=config.qk_layernorm != "none",
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+                "partial_rotary_factor": config.partial_rotary_factor,
+            },
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        with torch.device("meta"):
+            model: Any = transformers.PersimmonForCausalLM(theirs)
+        model = model.eval().to(dtype).to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(random_tensor(name, tuple(parameter.shape), seed))
+        model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)
+        self.model, self.device, self.package = model, device, transformers
+
+    @torch.inference_mode()
+    def logit_difference(self, engine: LLMEngine, ids: list[int]) -> float:
+        """Largest difference of our logits to theirs over ``ids``, in standard deviations of theirs.
+
+        Raises:
+            TprtError: it is too large for the rounding of one and the same model.
+        """
+        (sequence,) = engine.add(Request(ids, SamplingParams(), 0, seed=0), wants_logits=True)
+        while not engine.idle:
+            engine.step()
+        theirs = self.model(torch.tensor([ids], device=self.device)).logits[0].float().cpu()
+        found = float((torch.cat(sequence.logits) - theirs).abs().max() / theirs.std())
+        if not found < MOST_DIFFERENCE:
+            raise TprtError(
+                f"transformers' logits differ from ours by {found:.2f} standard deviations, more "
+                f"than {MOST_DIFFERENCE:g}: these are not the same model",
+                hint="this is a bug in the comparison; no ratio is given",
+            )
+        return round(found, 4)
+
+    def generate(self, work: Work, batch_size: int, key: str, **options: Any) -> float:
+        """Seconds for all of ``work`` in batches of like length, padded on the left.
+
+        A batch runs until its longest completion is there. ``key``: sort by "prompt" or by "new".
+        """
+        order = sorted(work, key=lambda w: (len(w[0]), w[1])[:: 1 if key == "prompt" else -1])
+        began = time.perf_counter()
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            longest, new = max(len(ids) for ids, _ in batch), max(n for _, n in batch)
+            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, (prompt, _) in enumerate(batch):
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+            self.model.generate(
+                ids.to(self.device), attention_mask=mask.to(self.device),
+                max_new_tokens=new, min_new_tokens=new, do_sample=False, **options,
+            )  # fmt: skip
+        return time.perf_counter() - began
+
+    def continuous(self, work: Work, max_batch_tokens: int) -> float:
+        """Seconds for all of ``work`` with transformers' own continuous batching.
+
+        Raises:
+            ConfigError: this version has none, or it failed on this device.
+        """
+        try:
+            module = import_module("transformers.generation.configuration_utils")
+            make_config = module.ContinuousBatchingConfig
+        except (ImportError, AttributeError):
+            raise ConfigError("this transformers has no continuous batching") from None
+        pages = sum(-(-(len(ids) + new) // 256) for ids, new in work) + 1
+        batching = make_config(
+            max_batch_tokens=max_batch_tokens, num_blocks=pages, use_cuda_graph=False
+        )
+        generation = self.package.GenerationConfig(
+            do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(n for _, n in work)
+        )
+        done: dict[str, int] = {}
+        began = time.perf_counter()
+        with self.model.continuous_batching_context_manager(
+            generation_config=generation, continuous_batching_config=batching, warmup=False
+        ) as manager:
+            for i, (ids, new) in enumerate(work):
+                manager.add_request(ids, request_id=str(i), max_new_tokens=new)
+            while len(done) < len(work) and manager.is_running():
+                result = manager.get_result(timeout=1)
+                if result is not None and result.is_finished():
+                    done[result.request_id] = len(result.generated_tokens)
+            seconds = time.perf_counter() - began
+        if [done.get(str(i)) for i in range(len(work))] != [new for _, new in work]:
+            raise ConfigError("transformers' continuous batching did not finish the workload")
+        return seconds
+
+
+def fastest(candidates: Mapping[str, Run], say: Say) -> tuple[str, dict[str, float]]:
+    """Run each setting once; the name of the quickest, and the seconds of all."""
+    seconds = {}
+    for name, run in candidates.items():
+        try:
+            seconds[name] = round(run(), 3)
+            say(f"  transformers, {name}: {seconds[name]:.1f} s")
+        except ConfigError as error:
+            say(f"  transformers, {name}: {error}")
+    return min(seconds, key=lambda name: seconds[name]), seconds
