@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tprt.engine.input_processor import InputProcessor
 from tprt.engine.sequence import Request
 from tprt.engine.streaming import RequestStream
+from tprt.errors import ConfigError
 from tprt.sampling_params import SamplingParams
 
 
@@ -31,6 +32,19 @@ def run(engine, requests, between=lambda step: None):
         assert step < 5000
     assert engine.blocks.num_free == engine.blocks.capacity
     return [engine.collect(sequences) for sequences in added]
+
+
+def logprob_values(outputs):
+    """Ids, ranks and rounded values of all log-probabilities, of completions and of prompts."""
+
+    def plain(entries):
+        return [
+            e and [(t, v.rank, round(v.logprob, 4)) for t, v in e.items()] for e in entries or []
+        ]
+
+    return [
+        [plain(out.prompt_logprobs), *(plain(c.logprobs) for c in out.outputs)] for out in outputs
+    ]
 
 
 def tokens(outputs):
@@ -66,7 +80,8 @@ def mixed_requests(seed: int, count: int = 12) -> list[Request]:
 def test_tokens_do_not_depend_on_company(seed):
     """Chunks, preemption, prefix hits, look-ahead and neighbours change no token of anybody."""
     requests = mixed_requests(seed)
-    alone = [tokens(run(fake_engine(), [r]))[0] for r in requests]
+    outputs = [run(fake_engine(), [r])[0] for r in requests]
+    alone, values = tokens(outputs), logprob_values(outputs)
     for sizes in (
         {},
         {"blocks": 16},
@@ -75,7 +90,9 @@ def test_tokens_do_not_depend_on_company(seed):
         {"enable_prefix_caching": False, "blocks": 18},
     ):
         engine = fake_engine(**sizes)
-        assert tokens(run(engine, requests)) == alone, sizes
+        found = run(engine, requests)
+        assert tokens(found) == alone, sizes
+        assert logprob_values(found) == values, sizes
         assert tokens(run(engine, requests[::-1])) == alone[::-1], sizes
 
 
@@ -86,6 +103,77 @@ def test_small_memory_really_preempts_and_prefixes_are_really_hit():
     outputs = run(engine, [request(list(range(40)), max_tokens=1) for _ in range(2)])
     outputs += run(engine, [request(list(range(40)), max_tokens=1)])
     assert outputs[-1].num_cached_tokens == 36
+
+
+@pytest.mark.parametrize("scored", [None, 1])
+def test_what_a_preemption_computes_again_is_counted_and_scored_once(scored):
+    engine = fake_engine(blocks=9)
+    params = {"max_tokens": 20, "temperature": 0.0, "ignore_eos": True, "logprobs": 1}
+    requests = [request([i] * 5, **params, prompt_logprobs=scored) for i in range(3)]
+    outputs = run(engine, requests)
+    assert engine.scheduler.num_preemptions > 0
+    assert [out.num_cached_tokens for out in outputs] == [0] * 3, "its own tokens are no hit"
+    alone = [run(fake_engine(), [r])[0] for r in requests]
+    assert logprob_values(outputs) == logprob_values(alone)
+
+
+def test_a_block_is_found_only_behind_the_same_beginning():
+    a, b, x, y = [1] * 4, [2] * 4, [3] * 4, [4] * 4
+    engine = fake_engine()
+    run(engine, [request([*a, *x, 9])])
+    run(engine, [request([*b, *y, 9])])
+    (out,) = run(engine, [request([*b, *x, 9])])
+    assert out.num_cached_tokens == 4, "x behind a is not x behind b"
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_step_that_failed_is_not_taken_for_computed(at, ahead):
+    """Its blocks would otherwise be found by the next request that begins alike."""
+    prompt = request(list(range(40)), temperature=0.0, max_tokens=9)
+    wanted = tokens(run(fake_engine(), [prompt]))
+    engine = fake_engine(max_num_batched_tokens=24, look_ahead=ahead)
+    execute, steps = engine.runner.execute, iter(range(1, 100))
+
+    def fails(*arguments):
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return execute(*arguments)
+
+    engine.runner.execute = fails
+    with pytest.raises(KeyboardInterrupt):
+        run(engine, [prompt])
+    engine.abort_all()
+    assert engine.idle and engine.blocks.num_free == engine.blocks.capacity
+    assert tokens(run(engine, [prompt])) == wanted
+
+
+def test_clears_of_a_step_that_failed_are_made_up_for():
+    engine = fake_engine(HashModel(broken=5))
+    run(engine, [request([5] * 9)])
+    waiting = list(engine.scheduler._clears)
+    execute = engine.runner.execute
+    engine.runner.execute = None
+    with pytest.raises(TypeError):
+        run(engine, [request([6], max_tokens=1)])
+    engine.runner.execute = execute
+    engine.abort_all()
+    assert set(waiting) <= set(engine.scheduler._clears)
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"stop_token_ids": [10**6], "min_tokens": 1}, "token id 1000000 is outside"),
+        ({"stop_token_ids": [2**70]}, "is outside the vocabulary"),
+        ({"min_tokens": 2, "allowed_token_ids": [EOD]}, "forbid every one"),
+        ({"allowed_token_ids": [97], "bad_words": ["a"]}, "forbid every one"),
+        ({"bad_words": [" "]}, "no token stands for"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(params, said):
+    with pytest.raises(ConfigError, match=said):
+        request([1, 2], **params)
 
 
 def test_aborts_leave_the_others_alone():

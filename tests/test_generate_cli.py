@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -86,10 +89,66 @@ def test_bad_records_get_errors_and_code_4(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_empty_input(tmp_path):
+def test_empty_input_gets_a_warning(tmp_path, capsys):
     (tmp_path / "in").write_text("\n\n")
     assert main(command(tmp_path / "out", prompts=tmp_path / "in")) == 0
     assert (tmp_path / "out").read_text() == ""
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'in'} holds no records" in said.err and "0 records" in said.out
+    assert main(command(tmp_path / "out")) == 0
+    assert "holds no records" not in capsys.readouterr().err
+
+
+def test_show_has_prompts_as_the_model_reads_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    turns = [
+        {"role": "user", "content": "Repeat: key"},
+        {"role": "assistant", "content": "door"},
+        {"role": "user", "content": "Repeat: lamp"},
+    ]
+    records = [{"messages": turns}, {"messages": [{"role": "bard", "content": "x"}]}]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, records)))
+    assert main(command(tmp_path / "out", "--show", prompts=tmp_path / "in")) == 4
+    shown = capsys.readouterr().out
+    for line in ("human: Repeat: key", "adept: door", "human: Repeat: lamp", "adept:  "):
+        assert line in shown
+    assert "user:" not in shown and "assistant:" not in shown
+    assert "'bard'" in shown, "what cannot be rendered is shown as it came"
+
+
+@pytest.mark.parametrize("ranks, number, code", [(1, signal.SIGINT, 130), (2, signal.SIGTERM, 143)])
+def test_an_interrupted_job_says_what_was_done(tmp_path, ranks, number, code):
+    prompts, out = tmp_path / "in", tmp_path / "out"
+    prompts.write_text('{"prompt": "human: Count"}\n' * 300)
+    out.write_text("before\n")
+    argv = command(out, "--set", "sampling.ignore_eos=true", prompts=prompts)
+    argv[argv.index("24")] = "400"
+    said = tmp_path / "err"
+    with said.open("w") as err:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tprt", *argv, "--nproc", str(ranks)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            stderr=err,
+        )
+        began = time.monotonic()
+        while "ready in" not in said.read_text() and process.poll() is None:
+            assert time.monotonic() - began < 60
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    text = said.read_text()
+    found = re.search(r"(\d+) of 300 completions done when it was stopped; (.*) is as it was", text)
+    assert found and found[2] == str(out) and int(found[1]) < 300
+    assert "The same command starts again" in text and text.count("completions done") == 1
+    assert out.read_text() == "before\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["err", "in", "out"]
+
+
+def test_an_error_is_no_interrupt(tmp_path, capsys):
+    assert main(command(tmp_path / "out", "--set", "engine.kv_cache_memory=1")) == 8
+    assert "was stopped" not in capsys.readouterr().err
 
 
 def test_openai_lines(tmp_path):
@@ -161,6 +220,19 @@ def test_plan_of_the_8b_model(capsys):
     assert plan["tp_sizes"] == [1, 2, 4, 8, 16, 32, 64]
     assert all(abs(rank["weights"] / 2**30 - 4.38) < 0.01 for rank in plan["per_rank"])
     assert main([*argv, "--memory", "4"]) == 8
+
+
+def test_plan_speaks_of_sizes_in_units_that_fit(capsys):
+    assert main(["plan", "--model", str(TINY), "--tp", "2", "--dtype", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert "4.44 MiB" in said and "3.00 KiB" in said and "0.00" not in said
+    model = str(ROOT / "configs" / "persimmon-8b.json")
+    settings = ["--set", "engine.kv_cache_memory=1G", "--set", "engine.block_size=7"]
+    assert main(["plan", "--model", model, *settings]) == 0
+    said = capsys.readouterr().out
+    assert "17.50 GiB" in said and "576.00 KiB" in said
+    # 260 blocks of 7 tokens fit into 1 GiB; one of them is for padding
+    assert f"the KV cache takes {260 * 7 * 576 / 2**10:.2f} MiB per rank" in said
 
 
 def test_settings_file_and_start_up_log(tmp_path):

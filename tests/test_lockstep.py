@@ -1,6 +1,7 @@
 """Ranks that drift apart, or are in different calls, are named on every rank; nobody hangs."""
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import TINY, run_ranks
 from tprt import LLM, SamplingParams
 from tprt.engine.control import read_records
 from tprt.engine.step_record import Kind
-from tprt.errors import ConfigError, RankMismatch
+from tprt.errors import ConfigError, OutputError, RankMismatch
 
 PROMPTS = ["human: Reverse: lamp canoe frog cheese\n\nadept:", "human: Repeat: key door\n\nadept:"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -242,3 +243,96 @@ def test_hostile_records_stay_inside_memory(tmp_path):
                         llm.replay(path)
                     tried += 1
     assert tried > 30
+
+
+def test_what_is_no_record_file_is_said(tmp_path):
+    path = tmp_path / "run.tprtrec"
+    _record(str(path))
+    with path.open("rb") as file:
+        records = list(read_records(file, "run"))
+    with open_tiny(block_size=4, max_num_batched_tokens=16) as llm:
+        for content in (b"", b"x" * 100):
+            path.write_bytes(content)
+            with pytest.raises(ConfigError, match="no record file"):
+                llm.replay(path)
+        bad_text = replace(records[0], text=b"\xff\xfe")
+        path.write_bytes(bad_text.encode().tobytes())
+        with pytest.raises(ConfigError, match="no JSON"):
+            llm.replay(path)
+        begun = next(i for i, r in enumerate(records) if len(r.options))
+        orphan = replace(records[begun], options=records[begun].options[:0])
+        path.write_bytes(b"".join(r.encode().tobytes() for r in [*records[:begun], orphan]))
+        with pytest.raises(ConfigError, match="no step before it began"):
+            llm.replay(path)
+
+
+def test_the_file_that_is_being_written_is_not_replayed(tmp_path):
+    path = str(tmp_path / "run.tprtrec")
+    with open_tiny(record_path=path) as llm:
+        llm.generate("human: hi\n\nadept:", SamplingParams(max_tokens=2))
+        with pytest.raises(ConfigError, match="records to"):
+            llm.replay(path)
+
+
+def test_a_record_file_that_cannot_be_written_is_an_output_error():
+    llm = open_tiny(record_path="/dev/full")
+    with pytest.raises(OutputError, match="No space"):
+        for _ in range(200):  # until the buffer is full
+            llm.generate("human: hi\n\nadept:", SamplingParams(max_tokens=4))
+    with pytest.raises(OutputError):
+        llm.close()
+    llm.close()
+
+
+class Mine(Exception):
+    pass
+
+
+def _interrupted() -> list:
+    """Rank 0 is interrupted in the middle of a step; what its next calls, and the other rank, see."""
+    with open_tiny() as llm:
+        if llm.tp.rank == 0:
+            llm._engine.runner.execute = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        seen = []
+        for _ in range(2):
+            try:
+                llm.generate("human: hi\n\nadept:", SamplingParams(max_tokens=4))
+            except BaseException as error:
+                seen.append(type(error).__name__)
+                if llm.tp.rank == 0 and len(seen) == 2:
+                    break
+        return seen
+
+
+def test_after_an_interrupt_the_next_call_raises_and_nobody_waits():
+    started = time.monotonic()
+    seen = run_ranks(_interrupted, 2)
+    assert seen[0] == ["KeyboardInterrupt", "RankMismatch"]
+    assert seen[1][0] == "PeerLost"
+    assert time.monotonic() - started < 60
+
+
+def test_errors_of_the_caller_stay_their_own():
+    def fails(finished: int, tokens: int) -> None:
+        raise Mine
+
+    with open_tiny() as llm:
+        prompt, params = (
+            "human: Reverse: lamp canoe\n\nadept:",
+            SamplingParams(max_tokens=9, seed=1),
+        )
+        wanted = llm.generate(prompt, params)[0].outputs[0].token_ids
+        with pytest.raises(Mine):
+            llm.generate(prompt, params, progress=fails)
+        execute, llm._engine.runner.execute = llm._engine.runner.execute, fails
+        llm.add_request(prompt, params)
+        with pytest.raises(Mine):
+            llm.step()
+        assert llm.step() == []
+        llm._engine.runner.execute = execute
+        assert llm.generate(prompt, params)[0].outputs[0].token_ids == wanted
+        llm.add_request(prompt, params)
+        events = []
+        while not any(event.finish_reason for event in events):
+            events += llm.step()
+        assert [i for event in events for i in event.token_ids] == wanted

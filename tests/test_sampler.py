@@ -49,7 +49,7 @@ def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]
         slots=list(range(len(sequences))),
         slot_index=torch.arange(len(sequences)),
         positions=torch.tensor([seq.num_tokens for seq in sequences]),
-        bans=bans,
+        bans=torch.tensor(bans, dtype=torch.int64).view(-1, 2),
         full=any(seq.request.params.needs_whole_row for seq in sequences),
     )
     return state, rows

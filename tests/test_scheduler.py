@@ -364,3 +364,15 @@ def test_blocks_of_a_broken_row_are_cleared_and_never_found():
     engine.add([1] * 8, 2, seed=1)
     engine.step()
     assert not engine.scheduler._clears
+
+
+def test_the_block_that_was_left_longest_ago_is_reused_first():
+    blocks = BlockManager(5)
+    first = blocks.allocate(2)
+    second = blocks.allocate(2)
+    for block in first + second:
+        blocks.register(block, bytes([block]))
+    blocks.release(first)
+    blocks.release(second)
+    # Of one text the end goes before the beginning, which more texts share.
+    assert blocks.allocate(4) == [*reversed(first), *reversed(second)]

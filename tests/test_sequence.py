@@ -92,6 +92,10 @@ def test_min_tokens_delays_stop_strings():
     assert ended(feed([1, 2, 3, 1, 5], stop="a", min_tokens=2)) == ("abc", 4, "stop", "a")
 
 
+def test_a_stop_string_in_the_last_of_min_tokens_does_not_end():
+    assert ended(feed([2, 3, 1, 2, 1, 5], stop="a", min_tokens=3)) == ("bcab", 5, "stop", "a")
+
+
 def test_all_bad_parameters_are_named_at_once():
     with pytest.raises(ConfigError) as caught:
         SamplingParams(n=0, temperature=float("nan"), stop=[3], seed=2**64)

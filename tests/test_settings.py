@@ -253,6 +253,9 @@ def test_mistakes_of_flags_and_variables_name_them(write, monkeypatch):
     """Guards against blaming a file for what a variable said."""
     assert "--set engine.sed" in mistake(None, "engine.sed=1")
     assert "no '='" in mistake(None, "engine.seed")
+    unknown = mistake(None, "zzz.a=1").splitlines()[0]  # no section that has nothing to set
+    assert unknown.endswith("sections are engine, job, model, parallel, sampling")
+    assert "did you mean" not in mistake(None, "servers=1").splitlines()[0]
     assert "flag for sampling.top_k" in mistake(None, sampling__top_k=-7)
     path = write("engine:\n  seed: 1\n")
     monkeypatch.setenv("TPRT_ENGINE__SEED", "x")

@@ -2,11 +2,17 @@
 
 import argparse
 import contextlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tprt.cli.common import add_model_flags, add_settings_flags, settings_from
+from tprt.cli.common import (
+    add_model_flags,
+    add_sampling_flags,
+    add_settings_flags,
+    make_llm,
+    ranks_to_start,
+    settings_from,
+)
 from tprt.cli.settings import Settings
 from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK, ConfigError
 
@@ -27,13 +33,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--input", metavar="IN.jsonl", help="one JSON object per line")
     parser.add_argument("--output", metavar="OUT.jsonl", help="appears when all is done")
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this host")
-    parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="most tokens per completion (16)"
-    )
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (1.0)")
-    parser.add_argument("--top-p", type=float, metavar="P", help="0 to 1 (1.0, off)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="0 is off (0)")
-    parser.add_argument("--seed", type=int, metavar="SEED", help="of the whole job")
+    add_sampling_flags(parser, "most tokens per completion (16)")
     parser.add_argument(
         "--show", action="store_true", help="print a table of prompts and texts at the end"
     )
@@ -59,55 +59,24 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("input", settings.job.input), ("output", settings.job.output)):
         if value == "-":
             raise ConfigError(f"--{flag} is '-'", hint="the path of a file")
-    ranks = settings.parallel.tensor or 1
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ:
-        if ranks > 1:
-            return _launch(settings, ranks, args.arguments)
-    elif settings.parallel.tensor not in (None, launched):
-        raise ConfigError(
-            f"parallel.tensor is {ranks}, but {launched} ranks were started",
-            hint=f"--nproc-per-node {ranks}, or leave parallel.tensor out",
-        )
+    ranks = ranks_to_start(settings)
+    if ranks > 1:
+        from tprt.cli.launch import check_start, launch_local
+
+        check_start(settings, ranks)
+        return launch_local(ranks, args.arguments)
     return _run_here(settings, args.show)
-
-
-def _launch(settings: Settings, ranks: int, arguments: list[str]) -> int:
-    """Find what is wrong before any rank starts, then start them with the same command line."""
-    from tprt.checkpoint import open_checkpoint
-    from tprt.cli.launch import launch_local
-    from tprt.llm import open_tokenizer
-
-    model = settings.model
-    reader = open_checkpoint(model.path)
-    reader.config.validate_parallel(ranks)
-    open_tokenizer(reader, model.tokenizer, model.bos_policy)
-    return launch_local(ranks, arguments)
 
 
 def _run_here(settings: Settings, show: bool) -> int:
     from tprt.job.generate import run_job
-    from tprt.llm import LLM
-
-    model, engine = settings.model, settings.engine_config()
-
-    def make_llm() -> LLM:
-        return LLM(
-            model.path,
-            tokenizer=model.tokenizer,
-            rotary_precision=model.rotary_precision,
-            verify=model.verify,
-            bos_policy=model.bos_policy,
-            device=None if model.device == "auto" else model.device,
-            **vars(engine),
-        )
 
     report = run_job(
-        make_llm,
+        lambda: make_llm(settings),
         Path(settings.job.input or ""),
         Path(settings.job.output or ""),
         settings.sampling_params(),
-        engine.seed,
+        settings.engine.seed,
     )
     if report is None:
         return EXIT_OK

@@ -13,7 +13,7 @@ from tprt.errors import ConfigError, OutOfMemoryPlan
 if TYPE_CHECKING:
     from tprt.config import PersimmonConfig
 
-GIB, KIB = 2**30, 2**10
+GIB = 2**30
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     print(json.dumps(result, indent=1) if args.json else _table(result))
     if result["tokens_that_fit"] is not None and result["tokens_that_fit"] < 1:
         raise OutOfMemoryPlan(
-            f"{result['per_rank'][0]['weights'] / GIB:.2f} GiB of weights per rank leave no room "
-            f"in {args.memory:g} GiB",
+            f"{_size(result['per_rank'][0]['weights'])} of weights per rank leave no room for a block "
+            f"of {result['block_size']} tokens in {args.memory:g} GiB",
             hint="more ranks (--tp)",
         )
     return 0
@@ -65,21 +65,27 @@ def read_config(path: str) -> "PersimmonConfig":
 
 
 def make_plan(
-    settings: Settings, config: "PersimmonConfig", memory_gib: float | None
+    settings: Settings, config: "PersimmonConfig", memory_gib: float | None = None
 ) -> dict[str, Any]:
+    """What ``--json`` prints. KV memory comes in whole blocks, as the engine allocates it."""
     import torch
 
     from tprt.engine.memory_plan import plan_ranks, whole_parameters
+    from tprt.llm.startup import kv_blocks
 
     engine = settings.engine_config()
     tp_size = settings.parallel.tensor or 1
     length = engine.resolve_max_model_len(config.max_position_embeddings)
     ranks = plan_ranks(config, tp_size, getattr(torch, engine.dtype), length)
     most = max(ranks, key=lambda r: r.weights)
-    fit = None
+    block = most.kv_per_token * engine.block_size
+    fit, memory = None, engine.kv_cache_memory
     if memory_gib is not None:
-        room = memory_gib * GIB * engine.gpu_memory_utilization - most.weights - most.tables
-        fit = max(0, int(room // most.kv_per_token))
+        share = int(memory_gib * GIB * engine.gpu_memory_utilization)
+        room = max(0, share - most.weights - most.tables)
+        fit = max(0, room // block - 1) * engine.block_size  # one block is for padding
+        memory = memory or room
+    blocks = kv_blocks([memory // block], engine, length) if memory else 0
     return {
         "model": settings.model.path,
         "parameters": whole_parameters(config),
@@ -87,9 +93,12 @@ def make_plan(
         "tp": tp_size,
         "tp_sizes": config.tp_sizes(),
         "max_model_len": length,
+        "block_size": engine.block_size,
         "per_rank": [asdict(rank) for rank in ranks],
         "kv_bytes_per_token": sum(rank.kv_per_token for rank in ranks),
-        "kv_bytes_per_full_sequence_per_rank": most.kv_per_token * length,
+        "kv_bytes_per_block_per_rank": block,
+        "kv_bytes_per_full_sequence_per_rank": -(-length // engine.block_size) * block,
+        "kv_cache_bytes_per_rank": blocks * block if blocks else None,
         "tokens_that_fit": fit,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
     }
@@ -97,23 +106,33 @@ def make_plan(
 
 def _table(result: dict[str, Any]) -> str:
     sizes = ", ".join(map(str, result["tp_sizes"]))
+    sequence = f"KV per sequence of {result['max_model_len']}"
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters in {result['dtype']}, "
         f"TP={result['tp']} (works at {sizes})",
-        f"{'rank':>4} {'weights':>12} {'tables':>12} {'read':>12} {'KV per token':>14} "
-        f"{'KV per sequence of ' + str(result['max_model_len']):>30}",
+        f"{'rank':>4} {'weights':>12} {'tables':>12} {'read':>12} {'KV per token':>14} {sequence:>30}",
     ]
+    full = _size(result["kv_bytes_per_full_sequence_per_rank"])
     for rank in result["per_rank"]:
-        sequence = rank["kv_per_token"] * result["max_model_len"]
-        lines.append(
-            f"{rank['rank']:>4} {rank['weights'] / GIB:>8.3f} GiB {rank['tables'] / GIB:>8.3f} GiB "
-            f"{rank['read'] / GIB:>8.3f} GiB {rank['kv_per_token'] / KIB:>10.1f} KiB "
-            f"{sequence / GIB:>26.3f} GiB"
-        )
+        shown = [_size(rank[name]) for name in ("weights", "tables", "read", "kv_per_token")]
+        lines.append("{:>4} {:>12} {:>12} {:>12} {:>14} {:>30}".format(rank["rank"], *shown, full))
     if result["tokens_that_fit"] is not None:
         share = result["gpu_memory_utilization"]
         lines.append(
             f"room for {result['tokens_that_fit']:,} tokens of KV cache per rank, in {share:.0%} of "
             "the memory (engine.gpu_memory_utilization)"
         )
+    if result["kv_cache_bytes_per_rank"] is not None:
+        lines.append(
+            f"with these settings the KV cache takes {_size(result['kv_cache_bytes_per_rank'])} per "
+            f"rank, in blocks of {result['block_size']} tokens"
+        )
     return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit that gives 1 or more."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{value:.2f} {units[0]}"

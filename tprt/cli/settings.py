@@ -163,6 +163,7 @@ SECTIONS: dict[str, type[_Section]] = {
 }
 KEYS = {name: frozenset(section.model_fields) for name, section in SECTIONS.items()}
 KEYS["sampling"] = frozenset(f.name for f in fields(SamplingParams))
+SHOWN_SECTIONS = sorted(name for name, keys in KEYS.items() if keys)
 PATH_KEYS = {"model.path", "model.tokenizer", "job.input", "job.output"}
 
 
@@ -277,14 +278,14 @@ def _known(key: str, origin: Origin, mistakes: list[Mistake]) -> bool:
     if not hits and section in KEYS:
         hits = [f"{section}.{n}" for n in get_close_matches(name, KEYS[section], 1)]
     elif not hits and not dot:
-        hits = get_close_matches(section, KEYS, 1)
+        hits = get_close_matches(section, SHOWN_SECTIONS, 1)
     hits = hits or get_close_matches(key, everywhere, 1, cutoff=0.75)
     if hits:
         hint = f"did you mean {hits[0]}?"
     elif section in KEYS:
         hint = f"{section} has {', '.join(sorted(KEYS[section]))}"
     else:
-        hint = f"sections are {', '.join(sorted(KEYS))}"
+        hint = f"sections are {', '.join(SHOWN_SECTIONS)}"
     mistakes.append(Mistake(origin, f"{key}: unknown {'key' if dot else 'section'}; {hint}"))
     return False
 

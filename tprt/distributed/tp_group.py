@@ -165,14 +165,15 @@ def _ranks_of(group: Any) -> list[int]:
 
 
 def _init_default_group() -> None:
-    # A restarted job meets under a prefix of its own: the store outlives the failed attempt, and a
-    # rank that reads an address of that attempt waits for a peer that is gone.
+    # A restarted job meets under a prefix of its own, and so does each default group of a process:
+    # the store outlives them, and a rank that reads an old address waits for a peer that is gone.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _made["default"] += 1
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=INIT_TIMEOUT)))
         dist.init_process_group(
             "gloo",
-            store=PrefixStore(f"tprt/{attempt}", store),
+            store=PrefixStore(f"tprt/{attempt}/{_made['default']}", store),
             rank=rank,
             world_size=size,
             timeout=HOST_TIMEOUT,

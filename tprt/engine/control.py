@@ -25,7 +25,7 @@ from tprt.engine.step_record import (
     StepRecord,
     payload_words,
 )
-from tprt.errors import ConfigError, PeerLost, RankMismatch
+from tprt.errors import ConfigError, OutputError, PeerLost, RankMismatch
 
 # The first message has this length whatever it carries, so that most records need no second one.
 FIRST_WORDS = 512
@@ -71,11 +71,13 @@ class ControlChannel:
     # ------------------------------------------------------------ rank 0
 
     def send(self, record: StepRecord, timeout: timedelta | None = None) -> int:
-        """From rank 0 to all; returns the record's checksum.
+        """From rank 0 to all; returns the record's checksum, 0 where nobody reads it.
 
         Raises:
             PeerLost: a rank is gone, or has not taken a heartbeat since the last record.
         """
+        if self.tp.size == 1 and self.record_file is None:
+            return 0
         with self._lock:
             try:
                 if (lost := self._failure) is not None:
@@ -116,7 +118,14 @@ class ControlChannel:
         """Into the file alone, where there is one; the record's words."""
         words = record.encode()
         if self.record_file is not None:
-            self.record_file.write(words.astype("<i8", copy=False).data)
+            try:
+                self.record_file.write(words.astype("<i8", copy=False).data)
+            except OSError as error:
+                raise OutputError(
+                    f"the record file cannot be written: {error.strerror}",
+                    where=str(getattr(self.record_file, "name", "record file")),
+                    hint="room on that disk, or another engine.record_path",
+                ) from error
         return words
 
     def followed(self) -> bool:
@@ -244,8 +253,14 @@ def read_records(file: BinaryIO, name: str) -> Iterator[StepRecord]:
     Raises:
         ConfigError: ``name`` is not a record file, or a record in it is damaged.
     """
-    number = 0
-    while len(header := file.read(8 * HEADER_WORDS)) == 8 * HEADER_WORDS:
+    number, header = 0, file.read(8 * HEADER_WORDS)
+    if len(header) < 8 * HEADER_WORDS:
+        raise ConfigError(
+            f"{len(header)} bytes are no record file, which begins with a header of {8 * HEADER_WORDS}",
+            where=name,
+            hint="a file written with engine.record_path by this version",
+        )
+    while len(header) == 8 * HEADER_WORDS:
         try:
             size = payload_words(_as_words(header))
             payload = file.read(8 * size)
@@ -258,7 +273,7 @@ def read_records(file: BinaryIO, name: str) -> Iterator[StepRecord]:
                 where=name,
                 hint="a file written with engine.record_path by this version",
             ) from None
-        number += 1
+        number, header = number + 1, file.read(8 * HEADER_WORDS)
 
 
 def _as_words(data: bytes) -> Ints:

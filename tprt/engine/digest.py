@@ -27,9 +27,6 @@ def digest(checksum: int, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([sums[0].new_tensor(checksum), *sums])
 
 
-NOTHING = torch.empty(0, dtype=torch.int64)  # the digest of a rank without peers
-
-
 def check_digests(step: int, digests: torch.Tensor) -> None:
     """Compare int64 [ranks, len(FIELDS)] on the host.
 

@@ -43,10 +43,24 @@ class InputProcessor:
                 f"{len(ids)} prompt tokens{wanted} are more than the {limit} that fit",
                 hint="a shorter prompt, fewer max_tokens, or a larger max_model_len or KV cache",
             )
-        listed = [i for i, _ in params.logit_bias] + list(params.allowed_token_ids or ())
-        self.check_ids(listed)
+        self.check_ids([i for i, _ in params.logit_bias])
+        self.check_ids([*params.stop_token_ids, *(params.allowed_token_ids or ())])
+        bad_words = self._spellings(params.bad_words)
+        self._check_allowed(params, bad_words)
         seed = params.seed if params.seed is not None else arrival_seed(self.seed, arrival)
-        return Request(ids, params, max_tokens, seed, self._spellings(params.bad_words))
+        return Request(ids, params, max_tokens, seed, bad_words)
+
+    def _check_allowed(self, params: SamplingParams, bad_words: tuple[list[int], ...]) -> None:
+        """Raises ConfigError when other options forbid every id that is allowed."""
+        banned = {ids[0] for ids in bad_words if len(ids) == 1}
+        if params.min_tokens > 0:
+            banned |= {self.tokenizer.eod_id, *params.stop_token_ids}
+        if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
+            raise ConfigError(
+                f"min_tokens and bad_words forbid every one of the {len(params.allowed_token_ids)} "
+                "allowed_token_ids",
+                hint="allow another id, or drop one of these options",
+            )
 
     def given(self, token_ids: Any, prompt_logprobs: int | None = None) -> Request:
         """A request that only computes its ids. Raises ConfigError when they do not fit."""
@@ -100,5 +114,10 @@ class InputProcessor:
             found.append(begun)
             if inner[: len(newline)] == newline:
                 found.append(inner[len(newline) :])
+            if not any(found[-2:]):
+                raise ConfigError(
+                    f"bad_words has {word!r}, which no token stands for",
+                    hint="a word, or leave it out",
+                )
         unique = {tuple(ids): ids for ids in found if ids}
         return tuple(unique.values())

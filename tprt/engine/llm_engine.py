@@ -19,7 +19,7 @@ from tprt.config import EngineConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.control import ControlChannel, silence_limit
-from tprt.engine.logprobs import Logprobs
+from tprt.engine.logprobs import LogprobLists
 from tprt.engine.model_runner import ModelRunner, StepResult
 from tprt.engine.noise import NON_FINITE
 from tprt.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
@@ -55,8 +55,9 @@ class LLMEngine:
         )
         self.control = ControlChannel(tp, record_file)
         self.num_records = self.num_arrivals = 0
-        self.broken = False  # ranks have computed different things; nothing here is to be trusted
+        self.broken = False  # the ranks are in different states; nothing here is to be trusted
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()  # rank 0
+        self._begun: list[StepPlan] = []  # the plan that is being sent and run
         self._following: deque[StepResult] = deque()  # the others
         if record_file is not None:
             text = json.dumps(self.facts()).encode()
@@ -99,8 +100,9 @@ class LLMEngine:
             return ended + self._read_all()
         ahead = self._look_ahead(row.seq for row in plan.rows)
         record = build_record(plan, self._next_number(), self.tokenizer.eod_id, ahead)
-        checksum = self.control.send(record)
-        self._in_flight.append((plan, self.runner.execute(record, checksum)))
+        self._begun = [plan]
+        self._in_flight.append((plan, self.runner.execute(record, self.control.send(record))))
+        self._begun = []
         while len(self._in_flight) > ahead:
             ended += self._retire()
         return ended
@@ -125,8 +127,10 @@ class LLMEngine:
                 self.scheduler.abort(seq)
 
     def abort_all(self) -> None:
-        """After an interrupted call: nothing of it may remain."""
+        """After an interrupted call: nothing of it may remain, nor be taken for computed."""
+        self.scheduler.abandon([plan for plan, _ in self._in_flight] + self._begun)
         self._in_flight.clear()
+        self._begun = []
         self.abort([*self.scheduler.waiting, *self.scheduler.running])
         self.scheduler.release_idle()
 
@@ -154,16 +158,18 @@ class LLMEngine:
         return seq.append(token, self.tokenizer.eod_id)
 
     def _keep_logprobs(self, plan: StepPlan, result: StepResult) -> None:
-        scored, logits = iter(result.prompt_logprobs), iter(result.logits)
+        logits = iter(result.logits)
+        scored = (found.to_lists() for found in result.prompt_logprobs)
+        found = result.logprobs.to_lists() if result.logprobs is not None else None
         drawn = 0
         for row in plan.rows:
             seq, params = row.seq, row.seq.request.params
             if row.draws:
                 if params.logprobs is not None and not seq.finished:
-                    assert result.logprobs is not None
+                    assert found is not None
                     token = int(result.tokens[drawn])
                     if token != NON_FINITE:
-                        entry = self._entry(token, result.logprobs, drawn, params.logprobs)
+                        entry = self._entry(token, found, drawn, params.logprobs)
                         seq.logprobs.append(entry)
                 drawn += 1
             if seq.wants_logits:
@@ -173,21 +179,22 @@ class LLMEngine:
                 self._keep_prompt(seq, row.start, row.count, next(scored), wanted)
 
     def _keep_prompt(
-        self, seq: Sequence, start: int, count: int, found: Logprobs, wanted: int
+        self, seq: Sequence, start: int, count: int, found: LogprobLists, wanted: int
     ) -> None:
         del seq.prompt_logprobs[start:]  # computed again after a preemption
         for i in range(min(count, seq.num_prompt_tokens - 1 - start)):
             token = seq.ids[start + i + 1]
             seq.prompt_logprobs.append(self._entry(token, found, i, wanted))
 
-    def _entry(self, token: int, found: Logprobs, row: int, wanted: int) -> TokenLogprobs:
-        def one(token: int, value: torch.Tensor, rank: int) -> Logprob:
-            return Logprob(float(value), rank, self.tokenizer.decode([token]))
+    def _entry(self, token: int, found: LogprobLists, row: int, wanted: int) -> TokenLogprobs:
+        def one(token: int, value: float, rank: int) -> Logprob:
+            return Logprob(value, rank, self.tokenizer.decode([token]))
 
-        entry = {token: one(token, found.target[row], int(found.rank[row]))}
-        for k in range(min(wanted, found.top.shape[1])):
-            other = int(found.top_ids[row, k])
-            entry.setdefault(other, one(other, found.top[row, k], k + 1))
+        entry = {token: one(token, found.target[row], found.rank[row])}
+        likeliest = zip(found.top_ids[row][:wanted], found.top[row][:wanted], strict=True)
+        for rank, (other, value) in enumerate(likeliest, start=1):
+            if other not in entry:
+                entry[other] = one(other, value, rank)
         return entry
 
     def facts(self) -> dict[str, Any]:
@@ -268,7 +275,7 @@ class LLMEngine:
             if record.kind == Kind.CALL:
                 self._agree_on_call(name)
             elif record.kind == Kind.STEP:
-                self._following.append(self.runner.execute(record, checksum))
+                self._following.append(self._execute(record, checksum))
                 self._flush(keep=record.look_ahead, logits=logits)
             else:
                 self._flush(keep=record.look_ahead, logits=logits)
@@ -287,6 +294,13 @@ class LLMEngine:
                         raise TprtError.from_json(answer["error"])
                     return answer["value"], logits
                 logits.clear()
+
+    def _execute(self, record: StepRecord, checksum: int) -> StepResult:
+        try:
+            return self.runner.execute(record, checksum)
+        except BaseException:
+            self.broken = True  # this rank has left the middle of a call
+            raise
 
     def _flush(self, keep: int, logits: list[torch.Tensor]) -> None:
         while len(self._following) > keep:

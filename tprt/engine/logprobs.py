@@ -28,10 +28,26 @@ class Logprobs:
     top: torch.Tensor
     top_ids: torch.Tensor
 
+    def to_lists(self) -> "LogprobLists":
+        """All numbers at once: one by one, each would wait for the device."""
+        return LogprobLists(
+            self.target.tolist(), self.rank.tolist(), self.top.tolist(), self.top_ids.tolist()
+        )
+
     @staticmethod
     def cat(parts: list["Logprobs"]) -> "Logprobs":
         names = ("target", "rank", "top", "top_ids")
         return Logprobs(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class LogprobLists:
+    """``Logprobs`` on the host, in plain numbers."""
+
+    target: list[float]
+    rank: list[int]
+    top: list[list[float]]
+    top_ids: list[list[int]]
 
 
 def token_logprobs(

@@ -14,7 +14,7 @@ from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
 from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.digest import NOTHING, check_digests, digest
+from tprt.engine.digest import check_digests, digest
 from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
 from tprt.engine.sampler import DrawRows, Sampler
 from tprt.engine.slot_state import SlotState
@@ -80,10 +80,11 @@ class ModelRunner:
         self.attention = attention_planner(
             tp.device, block_size, spec.num_heads, spec.head_dim, dtype
         )
+        self.no_digest = torch.empty(0, dtype=torch.int64, device=tp.device)
         self.vocab_size = model.config.vocab_size
         part = padded_part(self.vocab_size, tp.size)
         self.sampler = Sampler(tp, part, num_valid)
-        longest = -(-max_model_len // block_size)
+        self.max_model_len, longest = max_model_len, -(-max_model_len // block_size)
         self.state = SlotState(max_num_seqs, longest, part * tp.size, tp.device)
 
     @torch.inference_mode()
@@ -91,7 +92,7 @@ class ModelRunner:
         """Run one STEP record. ``checksum`` is the CRC this rank found in it."""
         self._apply(record)
         batch, draws = self._prepare(record)
-        mine = NOTHING
+        mine = self.no_digest
         if self.tp.size > 1:
             tables = self.state.block_tables[batch.slots]
             mine = digest(checksum, [batch.input_ids, batch.positions, tables])
@@ -159,7 +160,7 @@ class ModelRunner:
             slots=slots[drawing].tolist(),
             slot_index=slot_index[torch.from_numpy(drawing.copy())],
             positions=self._tensor((starts + counts)[drawing]),
-            bans=[(row, token) for row, token in record.bans.tolist()],
+            bans=self._tensor(record.bans),
             full=record.full,
         )
         return batch, draws

@@ -61,11 +61,11 @@ def replay(engine: LLMEngine, records: Iterable[StepRecord], num_valid: int) -> 
     owners: dict[int, tuple[int, int]] = {}
     for record in records:
         if record.kind == Kind.OPEN:
-            _check_open(engine, json.loads(record.text))
+            _check_open(engine, _read_json(record))
         elif record.kind == Kind.CALL:
-            calls.append(ReplayedCall(record.text.decode()))
+            calls.append(ReplayedCall(record.text.decode("utf-8", "replace")))
         elif record.kind == Kind.RETURN and calls and record.text:
-            calls[-1].recorded = json.loads(record.text)["value"]
+            calls[-1].recorded = _read_json(record).get("value")
         elif record.kind == Kind.STEP:
             if not calls:
                 raise ConfigError(f"step {record.step} comes before any call", hint=HINT)
@@ -73,17 +73,31 @@ def replay(engine: LLMEngine, records: Iterable[StepRecord], num_valid: int) -> 
             for options in SlotOptions.decode_all(record.options):
                 owners[options.slot] = options.arrival, options.index
             drawing = record.rows[(record.rows[:, 3] & DRAW) != 0, 0].tolist()
+            if not owners.keys() >= set(drawing):
+                raise ConfigError(
+                    f"step {record.step} draws for a slot that no step before it began", hint=HINT
+                )
             for slot, token in zip(drawing, engine.run_record(record), strict=True):
                 calls[-1].tokens.setdefault(owners[slot], []).append(token)
     return calls
 
 
+def _read_json(record: StepRecord) -> dict[str, Any]:
+    try:
+        found = json.loads(record.text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"record {record.step} holds no JSON object", hint=HINT)
+    return found
+
+
 def _check_open(engine: LLMEngine, then: dict[str, Any]) -> None:
     now = engine.facts()
     for name in ("model", "block_size"):
-        if then[name] != now[name]:
+        if then.get(name) != now[name]:
             raise ConfigError(
-                f"the file was recorded with {name} {then[name]!r}, this engine has {now[name]!r}",
+                f"the file was recorded with {name} {then.get(name)!r}, this engine has {now[name]!r}",
                 hint=HINT,
             )
 
@@ -92,8 +106,9 @@ def _check_step(engine: LLMEngine, record: StepRecord, num_valid: int) -> None:
     """A file may come from anywhere: nothing in it may index outside this engine's memory."""
     state, blocks = engine.runner.state, engine.blocks.num_blocks
     slots, width = state.block_tables.shape
-    longest = width * engine.config.block_size
+    longest = engine.runner.max_model_len
     positions = record.rows[:, 1] + record.rows[:, 2]
+    draws = int(((record.rows[:, 3] & DRAW) != 0).sum())
     limits = [
         ("slot", record.rows[:, 0], 0, slots),
         ("position", record.rows[:, 1], 0, longest),
@@ -104,7 +119,7 @@ def _check_step(engine: LLMEngine, record: StepRecord, num_valid: int) -> None:
         ("block", record.blocks[:, 2], 0, blocks),
         ("block", record.copies, 0, blocks),
         ("block", record.clears, 0, blocks),
-        ("row of a ban", record.bans[:, 0], 0, len(record.rows)),
+        ("row of a ban", record.bans[:, 0], 0, draws),
         ("token id", record.bans[:, 1], 0, num_valid),
         ("token id", record.targets, -1, num_valid),
     ]

@@ -25,14 +25,14 @@ class DrawRows:
     Args:
         slots: of each row, on the host; ``slot_index`` is the same as int64 [R] on the device.
         positions: int64 [R], of the token being drawn.
-        bans: (row, id) pairs that are forbidden in this step alone.
+        bans: int64 [N, 2], pairs of row and id that are forbidden in this step alone.
         full: whether a row has an option that ``plain`` does not know.
     """
 
     slots: list[int]
     slot_index: torch.Tensor
     positions: torch.Tensor
-    bans: list[tuple[int, int]]
+    bans: torch.Tensor
     full: bool
 
 
@@ -79,12 +79,17 @@ class Sampler:
         noise = gumbel(state.keys[rows.slot_index], rows.positions, table)
         return scaled + noise.masked_fill(greedy.unsqueeze(1), 0.0)
 
+    def _ban(self, logits: torch.Tensor, rows: DrawRows, first: int) -> None:
+        """-inf at the banned ids among those from ``first`` on, in place."""
+        if len(rows.bans):
+            row, token = rows.bans.unbind(1)
+            here = (token >= first) & (token < first + logits.shape[1])
+            logits[row[here], token[here] - first] = NEG_INF
+
     def _plain(
         self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        for row, token in rows.bans:
-            if self.first <= token < self.first + self.part:
-                logits[row, token - self.first] = NEG_INF
+        self._ban(logits, rows, self.first)
         scaled = logits / state.temperature[rows.slot_index].unsqueeze(1)
         best, index = self._scores(scaled, rows, state, self.local_table).max(dim=1)
         gathered = all_gather(torch.cat([pack(best, index + self.first), digest]), self.tp)
@@ -104,8 +109,7 @@ class Sampler:
         whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
         finite = whole.max(dim=1).values.isfinite()
         state.adjust(whole, rows.slots)
-        for row, token in rows.bans:
-            whole[row, token] = NEG_INF
+        self._ban(whole, rows, 0)
         scaled = whole / state.temperature[rows.slot_index].unsqueeze(1)
         index = rows.slot_index
         scaled = truncate(scaled, state.top_k[index], state.top_p[index], state.min_p[index])

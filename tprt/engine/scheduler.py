@@ -117,7 +117,8 @@ class Scheduler:
             self.blocks.share(held)
             del self.waiting[at]
             seq.slot, seq.block_table, seq.num_computed = self._slots.pop(), list(held), computed
-            seq.num_cached_tokens = max(seq.num_cached_tokens, computed)
+            if seq.last_step < 0:  # not what it has computed itself before a preemption
+                seq.num_cached_tokens = computed
             insort(self.running, seq, key=_arrival)
             plan.begun.append(seq)
             plan.blocks += [(seq.slot, i, block) for i, block in enumerate(held)]
@@ -252,6 +253,14 @@ class Scheduler:
             return
         self.running.remove(seq)
         self._leaving.append(seq)
+
+    def abandon(self, plans: list[StepPlan]) -> None:
+        """``plans`` may not have been computed, or in part: trust no block that a sequence holds."""
+        self._filled.clear()
+        for seq in [*self.running, *self._leaving]:
+            self.blocks.forget(seq.block_table)
+        for plan in plans:
+            self._clears += plan.clears
 
     def release_idle(self) -> None:
         """Nothing is in flight: release what aborted sequences hold."""

@@ -1,7 +1,7 @@
 """One completion on its way: its ids, its blocks, and when it ends.
 
-Every rank holds the same sequences. Text, and with it stop strings, exist on rank 0 only: the others
-are told. Knows tokens and parameters, no model.
+Rank 0 alone has sequences; the others are told what to compute. Knows tokens, text and parameters, no
+model.
 """
 
 from dataclasses import dataclass, field

@@ -126,7 +126,7 @@ class StepRecord:
 
     @classmethod
     def decode(cls, words: Ints) -> "StepRecord":
-        """The record of ``words``, its sections views into them.
+        """The record of ``words``; its sections are views into one copy of them.
 
         Raises:
             RecordLayoutError: too short or long, of another version, damaged, or inconsistent.

@@ -4,8 +4,10 @@ Rank 0 alone reads the input, decides and writes; the others take part in the mo
 and no YAML.
 """
 
+import contextlib
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,15 +20,25 @@ from tprt.job.output_file import AtomicOutput
 from tprt.job.progress import ProgressLine
 from tprt.job.records import Record, read_records, result_line
 from tprt.llm import LLM
+from tprt.log import get_logger
 from tprt.sampling_params import SamplingParams
+
+logger = get_logger(__name__)
 
 
 @dataclass
 class JobReport:
-    """What rank 0 knows after a job; ``seconds`` is generation only, without start-up."""
+    """What rank 0 knows of a job.
+
+    Args:
+        total, finished: completions to make, and made so far.
+        seconds: of generation only, without start-up.
+    """
 
     records: list[Record] = field(default_factory=list)
     outputs: dict[str, RequestOutput] = field(default_factory=dict)
+    total: int = 0
+    finished: int = 0
     tokens: int = 0
     seconds: float = 0.0
 
@@ -47,6 +59,8 @@ def run_job(
     Args:
         make_llm: called once, after input and output were found usable.
 
+    An interrupt (an exception that is no error) is raised again, after a line about what was done.
+
     Raises:
         ConfigError: the input cannot be read or holds an id twice.
         OutputError: the output cannot be written; an existing output is untouched.
@@ -55,13 +69,19 @@ def run_job(
         with make_llm() as llm:
             llm.generate(None)
         return None
-    records = load_records(input_path, defaults, job_seed)
+    report = JobReport(load_records(input_path, defaults, job_seed))
+    if not report.records:
+        logger.warning("%s holds no records: %s will be empty", input_path, output_path)
     output = AtomicOutput(output_path)
     try:
         with make_llm() as llm:
-            report = _answer(llm, records)
+            _answer(llm, report)
         lines = (result_line(r, report.outputs.get(r.id)) for r in report.records)
         output.write(map(_dump, lines))
+    except BaseException as reason:
+        if not isinstance(reason, Exception) and output.temporary.exists():
+            _say_interrupted(report, output_path)
+        raise
     finally:
         output.discard()
     return report
@@ -91,14 +111,20 @@ def _dump(line: dict[str, Any]) -> str:
     return text
 
 
-def _answer(llm: LLM, records: list[Record]) -> JobReport:
-    checked = [_check(llm, record) for record in records]
+def _answer(llm: LLM, report: JobReport) -> None:
+    """Complete what can be completed of ``report.records``; the rest get their errors."""
+    checked = [_check(llm, record) for record in report.records]
     good = [record for record in checked if record.error is None]
-    total = sum(record.params.n for record in good)
+    report.total = sum(record.params.n for record in good)
     began = time.perf_counter()
-    with ProgressLine(total) as progress:
+    with ProgressLine(report.total) as line:
+
+        def progress(finished: int, tokens: int) -> None:
+            report.finished, report.tokens = finished, tokens
+            line.update(finished, tokens)
+
         prompts = [record.prompt for record in good if record.prompt is not None]
-        outputs = llm.generate(prompts, [r.params for r in good], progress=progress.update)
+        outputs = llm.generate(prompts, [r.params for r in good], progress=progress)
     answers = dict(zip((r.id for r in good), outputs, strict=True))
     for i, record in enumerate(checked):
         if record.id in answers and any(
@@ -109,10 +135,21 @@ def _answer(llm: LLM, records: list[Record]) -> JobReport:
                 f"the logits became NaN or infinite in {llm.engine_config.dtype}; "
                 "bfloat16 and float32 have more range than float16"
             )
-    report = JobReport(checked, answers)
+    report.records, report.outputs = checked, answers
     report.seconds = time.perf_counter() - began
     report.tokens = sum(len(o.token_ids) for out in outputs for o in out.outputs)
-    return report
+
+
+def _say_interrupted(report: JobReport, output_path: Path) -> None:
+    done = f"{report.finished} of {report.total} completions" if report.total else "nothing"
+    left = "is as it was" if output_path.exists() else "was not written"
+    with contextlib.suppress(OSError):  # whoever read our stderr may be gone
+        print(
+            f"{done} done when it was stopped; {output_path} {left}. "
+            "The same command starts again from the beginning",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check(llm: LLM, record: Record) -> Record:

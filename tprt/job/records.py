@@ -4,6 +4,7 @@ One JSON object per line, in the project's own form or as an OpenAI batch line. 
 record with an error and never stops a job. Knows no model and no tensors.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from tprt.engine.outputs import RequestOutput, TokenLogprobs
 from tprt.errors import ConfigError, TprtError
 from tprt.sampling_params import SamplingParams
+from tprt.tokenizer import render_chat
 
 MAX_LINE_BYTES = 32 * 2**20
 OWN_KEYS = {"id", "prompt", "prompt_token_ids", "messages", "params"}
@@ -36,7 +38,7 @@ class Record:
         id: the user's, or the line number as text.
         prompt: what ``LLM.make_request`` takes; None when ``error`` is set.
         openai_url: set for OpenAI batch lines, which are answered in their own form.
-        shown: the prompt as the user gave it, for people to read.
+        shown: the prompt as the model reads it, where it is text.
     """
 
     line: int
@@ -116,9 +118,9 @@ def _parse(raw: bytes, number: int, defaults: SamplingParams, job_seed: int) -> 
 
 def _shown(prompt: dict[str, Any]) -> str:
     (given,) = prompt.values()
-    if "messages" in prompt and isinstance(given, list):
-        turns = [turn for turn in given if isinstance(turn, dict)]
-        return "\n".join(f"{turn.get('role')}: {turn.get('content')}" for turn in turns)
+    if "messages" in prompt:
+        with contextlib.suppress(ConfigError):  # the record gets this error when it is checked
+            return render_chat(given)
     return str(given)
 
 

@@ -27,16 +27,18 @@ from tprt.engine.replay import ReplayedCall, replay
 from tprt.engine.sequence import Request
 from tprt.engine.sequence import Sequence as EngineSequence
 from tprt.engine.streaming import RequestStream
-from tprt.errors import ConfigError, PeerLost, RankMismatch, TprtError
+from tprt.errors import ConfigError, OutputError, PeerLost, RankMismatch
 from tprt.llm.arguments import pair
 from tprt.llm.startup import (
     agree_on_blocks,
     as_tprt_error,
     check_ranks_agree,
+    close_record_file,
     engine_config,
     open_record_file,
     open_tokenizer,
     resolve_rotary_precision,
+    same_file,
     together,
 )
 from tprt.log import get_logger
@@ -194,7 +196,7 @@ class LLM:
             raise ConfigError("this LLM is closed", hint="make another one")
         if self._running.broken:
             raise RankMismatch(
-                "the ranks of this LLM have computed different things before",
+                "the ranks of this LLM are in different states since an earlier error or interrupt",
                 hint="close it and make another one",
             )
         return self._running
@@ -305,9 +307,8 @@ class LLM:
             self._stepping = True
         try:
             engine.step()
-        except BaseException:
-            self._requests.clear()
-            engine.abort_all()
+        except BaseException as error:
+            self._break_off(error)
             raise
         events = list(self._events(self._requests.values()))
         for request_id in [i for i, stream in self._requests.items() if stream.finished]:
@@ -331,8 +332,12 @@ class LLM:
 
     def _stop_stepping_when_idle(self) -> None:
         if self._stepping and not self._requests:
-            while not self._engine.idle:
-                self._engine.step()
+            try:
+                while not self._engine.idle:
+                    self._engine.step()
+            except BaseException as error:
+                self._break_off(error)
+                raise
             self._engine.end_call()
             self._stepping = False
 
@@ -424,25 +429,28 @@ class LLM:
         try:
             yield answer
         except BaseException as error:
-            self._call = None
-            told = as_tprt_error(error) if isinstance(error, Exception) else error
-            if self._running is not None:
-                self._running.abort_all()
-                self._tell_others(self._running, told)
-            if told is error:
-                raise
-            raise told from error
+            self._break_off(error)
+            raise
         self._call = None
         self._engine.end_call(answer.value)
 
-    def _tell_others(self, engine: LLMEngine, error: BaseException) -> None:
-        """End the call on the other ranks as it ended here."""
-        if isinstance(error, GeneratorExit):  # the reader of a stream has left
-            engine.end_call()
-        elif isinstance(error, TprtError) and not isinstance(error, PeerLost | RankMismatch):
-            with suppress(PeerLost):  # the first error says more
-                engine.end_call(error=error)
-        # After an interrupt they may be in the middle of a step; they learn when this process ends.
+    def _break_off(self, error: BaseException) -> None:
+        """End the call that ``error`` leaves, here and on the other ranks."""
+        self._call, self._stepping = None, False
+        self._requests.clear()
+        if (engine := self._running) is None:
+            return
+        engine.abort_all()
+        if isinstance(error, PeerLost | RankMismatch):
+            return
+        if isinstance(error, Exception):
+            with suppress(PeerLost, OutputError):  # the first error says more
+                engine.end_call(error=as_tprt_error(error))
+        elif isinstance(error, GeneratorExit) or self.tp.size == 1:
+            engine.end_call()  # the reader of a stream has left, or an interrupt that no rank missed
+        else:
+            # The others may be in the middle of a step. They learn when this LLM or process ends.
+            engine.broken = True
 
     def _refuse_inside_call(self, name: str) -> None:
         if self._call is not None:
@@ -464,6 +472,13 @@ class LLM:
             self._engine.serve("replay")
             return []
         with self._leading("replay"):
+            recording = self.engine_config.record_path
+            if recording is not None and same_file(recording, path):
+                raise ConfigError(
+                    "this is the file that this LLM records to: its end would never come",
+                    where=str(path),
+                    hint="replay it with another LLM, without record_path",
+                )
             try:
                 with open(str(path), "rb") as file:
                     records = read_records(file, str(path))
@@ -493,7 +508,8 @@ class LLM:
         except PeerLost:  # the store may be lost with rank 0: to ask it could take minutes
             raise
         except BaseException:
-            store.delete_key(key)
+            with suppress(RuntimeError):
+                store.delete_key(key)
             raise
 
     def close(self) -> None:
@@ -501,6 +517,7 @@ class LLM:
 
         Raises:
             PeerLost: ranks in ``follow`` could not be told, and no call has said so before.
+            OutputError: the end of the record file could not be written.
         """
         if self._running is None:
             return
@@ -513,11 +530,11 @@ class LLM:
                 engine.close()
         finally:
             del engine
-            if self._record_file is not None:
-                self._record_file.close()
             tp.close()
             if tp.device.type == "cuda":
                 torch.cuda.empty_cache()
+            if self._record_file is not None:
+                close_record_file(self._record_file)
 
     def __enter__(self) -> "LLM":
         return self

@@ -3,6 +3,7 @@
 Knows checkpoints, configs and ranks; the library face puts it together.
 """
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -128,21 +129,21 @@ def agree_on_blocks(
     blocks = kv_blocks(offers, engine, max_model_len)
     if not blocks:
         raise OutOfMemoryPlan(
-            f"{memory / 1e6:.1f} MB for the KV cache hold no block of {block_size} tokens "
-            f"({bytes_per_block / 1e6:.1f} MB)",
+            f"{memory} bytes for the KV cache hold no block of {block_size} tokens and one for "
+            f"padding, {bytes_per_block} bytes each",
             hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
         )
     return blocks
 
 
 def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> int:
-    """Blocks to allocate where ranks have room for ``offers``; 0 where one rank has none.
+    """Blocks to allocate where ranks have room for ``offers``; 0 where one rank has too little.
 
-    No more than requests can ever use, and one for padding.
+    One of them is for padding, the others are no more than requests can ever use.
     """
     usable = engine.max_num_seqs * -(-max_model_len // engine.block_size)
-    blocks = min([*offers, usable])
-    return blocks + 1 if blocks > 0 else 0
+    blocks = min([*offers, usable + 1])
+    return blocks if blocks > 1 else 0
 
 
 def uneven_offers(offers: list[int]) -> str:
@@ -167,3 +168,21 @@ def open_record_file(path: str | None) -> BinaryIO | None:
             where=path,
             hint="another engine.record_path",
         ) from error
+
+
+def close_record_file(file: BinaryIO) -> None:
+    try:
+        file.close()
+    except OSError as error:
+        raise OutputError(
+            f"the end of the record file could not be written: {error.strerror}",
+            where=file.name,
+            hint="room on that disk, or another engine.record_path",
+        ) from error
+
+
+def same_file(one: str | Path, other: str | Path | None) -> bool:
+    try:
+        return os.path.samefile(one, str(other))
+    except OSError:
+        return False
