@@ -61,13 +61,14 @@ def test_column_then_row_is_the_whole_layer(size, monkeypatch):
     up = {"weight": torch.randn(24, 8), "bias": torch.randn(24)}
     down = {"weight": torch.randn(8, 24), "bias": torch.randn(8)}
     x = torch.randn(5, 8)
-    expected = F.linear(F.linear(x, **up), **down)
+    r = torch.randn(5, 8)
+    expected = r + F.linear(F.linear(x, **up), **down)
     forwards = []
     for tp in ranks(size):
         column = fill(ColumnParallelLinear(8, 24, tp, F32), up)
         row = fill(RowParallelLinear(24, 8, tp, F32), down)
         assert column.weight.shape == (24 // size, 8)
-        forwards.append(lambda column=column, row=row: row(column(x)))
+        forwards.append(lambda column=column, row=row: row(column(x), r))
     for out in forward_on_paper(monkeypatch, "tprt.layers.linear", forwards):
         torch.testing.assert_close(out, expected)
 

@@ -24,7 +24,7 @@ from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 
 PROMPT_TOKENS, NEW_TOKENS = (16, 512), (16, 128)
-BATCH_SIZES = (4, 8, 16, 32)
+BATCH_SIZES = (8, 16, 32)
 
 
 def make_work(count: int, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:

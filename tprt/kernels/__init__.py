@@ -16,6 +16,8 @@ __all__ = [
     "attention_planner",
     "layer_norm",
     "linear",
+    "linear_add",
+    "linear_squared_relu",
     "pack_weight",
     "qk_norm_rotary",
     "squared_relu",
@@ -33,3 +35,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if weight.is_mkldnn:
         return cpu.packed_linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def linear_squared_relu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``squared_relu`` of ``linear``."""
+    if weight.is_mkldnn:
+        return cpu.packed_linear_squared_relu(x, weight, bias)
+    return squared_relu(F.linear(x, weight, bias))
+
+
+def linear_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """``residual`` [T, out_features] + ``linear``; where it is one operation, rounded once."""
+    if weight.is_mkldnn:
+        return cpu.packed_linear_add(x, weight, bias, residual)
+    return residual + F.linear(x, weight, bias)

@@ -46,7 +46,24 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     return out
 
 
+def packed_linear_squared_relu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """relu(x W^T + b)^2; rounded before the square, as two operations would."""
+    out: torch.Tensor = _linear(x, weight, bias, "relu", [], "")
+    return out.square_()
+
+
+def packed_linear_add(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """residual + x W^T + b, rounded once."""
+    out: torch.Tensor = _linear_binary(x, residual, weight, bias, "add")
+    return out
+
+
 _linear = torch.ops.mkldnn._linear_pointwise.default
+_linear_binary = torch.ops.mkldnn._linear_pointwise.binary
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Linear layers cut over ranks. They take sizes and a ``TPGroup``, never a model's config."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
@@ -35,12 +37,19 @@ class ColumnParallelLinear(ParallelLinear):
 
     Args:
         in_features, out_features: of the whole layer; weight on disk is [out_features, in_features].
+        activation: what y goes through; in float16 the square is taken in float32 and capped.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, tp: TPGroup, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        activation: Literal["squared_relu"] | None = None,
     ) -> None:
         super().__init__()
+        self.linear = kernels.linear if activation is None else kernels.linear_squared_relu
         weight = cut((out_features, in_features), 0, tp.rank, tp.size)
         bias = cut((out_features,), 0, tp.rank, tp.size)
         self.weight = sharded_parameter(weight, dtype, tp.device)
@@ -48,7 +57,7 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] -> [T, out_features / size]."""
-        return kernels.linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -63,9 +72,9 @@ class RowParallelLinear(ParallelLinear):
         self.weight = sharded_parameter(weight, dtype, tp.device)
         self.bias = sharded_parameter(replicated((out_features,)), dtype, tp.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in_features / size] -> [T, out_features], the same on every rank."""
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """[T, in_features / size] and what to add, [T, out_features] -> [T, out_features] everywhere."""
         if self.tp.size == 1:
-            return kernels.linear(x, self.weight, self.bias)
+            return kernels.linear_add(x, self.weight, self.bias, residual)
         partial = kernels.linear(x, self.weight)
-        return all_reduce(partial, self.tp) + self.bias
+        return residual + (all_reduce(partial, self.tp) + self.bias)

@@ -12,7 +12,6 @@ from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.config import PersimmonConfig, RotaryPrecision
 from tprt.distributed.tp_group import TPGroup
-from tprt.layers.activation import SquaredReLU
 from tprt.layers.attention import Angles, Attention, QKNormRotary
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
@@ -38,25 +37,33 @@ class PersimmonAttention(nn.Module):
         self.attention = Attention(heads, head_dim, tp)
 
     def forward(
-        self, x: torch.Tensor, angles: Angles, batch: ForwardBatch, cache: KVCache
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        angles: Angles,
+        batch: ForwardBatch,
+        cache: KVCache,
+        rows: torch.Tensor | None,
     ) -> torch.Tensor:
+        """[T, hidden_size] twice -> ``residual`` plus the attention, of ``rows`` alone if given."""
         local = (-1, self.attention.num_heads, 3, self.attention.head_dim)
         qkv = self.query_key_value(x).view(local)
         q, k = self.qk_norm_rotary(qkv[:, :, :2], angles)
         context = self.attention(q, k, qkv[:, :, 2], batch, cache)
-        return self.dense(context)
+        if rows is not None:
+            context, residual = context[rows], residual[rows]
+        return self.dense(context, residual)
 
 
 class PersimmonMLP(nn.Module):
     def __init__(self, config: PersimmonConfig, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.intermediate_size
-        self.dense_h_to_4h = ColumnParallelLinear(hidden, ffn, tp, dtype)
+        self.dense_h_to_4h = ColumnParallelLinear(hidden, ffn, tp, dtype, "squared_relu")
         self.dense_4h_to_h = RowParallelLinear(ffn, hidden, tp, dtype)
-        self.act = SquaredReLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.act(self.dense_h_to_4h(x)))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual)
 
 
 class PersimmonDecoderLayer(nn.Module):
@@ -77,10 +84,8 @@ class PersimmonDecoderLayer(nn.Module):
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size] -> the same; with ``rows`` [R], those rows only, [R, hidden_size]."""
-        x = x + self.self_attn(self.input_layernorm(x), angles, batch, cache)
-        if rows is not None:
-            x = x[rows]
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), x, angles, batch, cache, rows)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 class PersimmonModel(nn.Module):
