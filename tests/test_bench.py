@@ -27,7 +27,7 @@ SMALL = {
 }
 KEYS = {
     "bench", "model", "device", "dtype", "tp", "tokens_per_s", "ratio", "share_of_bandwidth",
-    "versions", "commit",
+    "versions", "commit", "command",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -45,8 +45,14 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "versions": versions(), "commit": commit()})
+    def to_json(self, arguments: Sequence[str] = ()) -> str:
+        """Args: of the command line that made it."""
+        made_by = {
+            "versions": versions(),
+            "commit": commit(),
+            "command": " ".join(["tprt", *arguments]),
+        }
+        return json.dumps({**asdict(self), **made_by})
 
 
 Say = Callable[[str], None]

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "scheduler":
         from tprt.bench.scheduler import scheduler
 
-        print(scheduler(engine, say).to_json(), flush=True)
+        print(scheduler(engine, say).to_json(args.arguments), flush=True)
         return EXIT_OK
 
     from tprt.bench.synthetic import PERSIMMON_100M
@@ -106,5 +106,5 @@ def run(args: argparse.Namespace) -> int:
     finally:
         tp.close()
     if report is not None:
-        print(report.to_json(), flush=True)
+        print(report.to_json(args.arguments), flush=True)
     return EXIT_OK

@@ -36,7 +36,7 @@ class Kind(IntEnum):
     STEP = 1  # run rows
     CALL = 2  # a call begins; ``text`` names it
     RETURN = 3  # the call ends; ``text`` holds its results as JSON bytes, or the error
-    HEARTBEAT = 4  # read the results of all steps so far; nothing else to do
+    HEARTBEAT = 4  # nothing to run; results are read as far as look_ahead says
     CLOSE = 5  # leave ``follow``
     OPEN = 6  # first in a file: what engine wrote it, as JSON bytes; never sent to a rank
 
@@ -67,7 +67,8 @@ class StepRecord:
         options: packed ``SlotOptions`` of slots that begin a sequence.
         bans: [N, 2] index among the rows that draw, id that it may not draw in this step.
         targets: ids whose log-probabilities PROMPT_LOGPROBS rows want, one per token; -1 none.
-        text: UTF-8 bytes of a CALL or RETURN, padded with zeros to whole words.
+        text: UTF-8 bytes of a CALL or RETURN, padded with zeros to whole words; of the heartbeat of an
+            idle rank 0, the seconds within which the next one comes.
     """
 
     step: int
