@@ -136,12 +136,11 @@ class ModelRunner:
             drawn = self.state.last_tokens[flat_slots].clamp(min=0)
             input_ids = torch.where(tokens < 0, drawn, tokens)
         keys = torch.add(offset, self.state.block_tables[flat_slots, index], alpha=2 * size)
-        drawing = (flags & DRAW) != 0
-        wanted = [*(ends[drawing] - 1)]
-        for end, count in zip(
-            ends[(flags & ~DRAW) != 0], counts[(flags & ~DRAW) != 0], strict=True
-        ):
-            wanted += range(end - count, end)
+        drawing, scored = (flags & DRAW) != 0, (flags & ~DRAW) != 0
+        wanted = ends[drawing] - 1
+        if scored.any():
+            spans = zip(ends[scored], counts[scored], strict=True)
+            wanted = np.concatenate([wanted, *(np.arange(e - c, e) for e, c in spans)])
         longest = -(-int((starts + counts).max()) // size)
         tables = self.state.block_tables[slot_index, :longest]
         query_lens, context_lens = tuple(counts.tolist()), tuple(starts.tolist())
@@ -153,12 +152,12 @@ class ModelRunner:
             slots=slot_index,
             query_lens=query_lens,
             context_lens=context_lens,
-            logits_rows=self._tensor(np.array(wanted, dtype=np.int64)),
+            logits_rows=self._tensor(wanted),
             attention=self.attention.plan(tables, query_lens, context_lens),
         )
         draws = DrawRows(
             slots=slots[drawing].tolist(),
-            slot_index=slot_index[torch.from_numpy(drawing.copy())],
+            slot_index=slot_index if drawing.all() else self._tensor(slots[drawing]),
             positions=self._tensor((starts + counts)[drawing]),
             bans=self._tensor(record.bans),
             full=record.full,

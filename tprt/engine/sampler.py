@@ -69,10 +69,16 @@ class Sampler:
         draw = self._full if rows.full else self._plain
         return draw(logits, rows, state, digest)
 
+    def _scaled(self, logits: torch.Tensor, rows: DrawRows, state: SlotState) -> torch.Tensor:
+        """Logits divided by temperature, which is 1 where the row is greedy."""
+        if state.sampled.isdisjoint(rows.slots):
+            return logits
+        return logits / state.temperature[rows.slot_index].unsqueeze(1)
+
     def _scores(
         self, scaled: torch.Tensor, rows: DrawRows, state: SlotState, table: torch.Tensor
     ) -> torch.Tensor:
-        """Logits divided by temperature, plus noise where the row is not greedy."""
+        """What ``_scaled`` gave, plus noise where the row is not greedy."""
         if state.sampled.isdisjoint(rows.slots):
             return scaled
         greedy = state.greedy[rows.slot_index]
@@ -90,8 +96,10 @@ class Sampler:
         self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._ban(logits, rows, self.first)
-        scaled = logits / state.temperature[rows.slot_index].unsqueeze(1)
+        scaled = self._scaled(logits, rows, state)
         best, index = self._scores(scaled, rows, state, self.local_table).max(dim=1)
+        if self.tp.size == 1:
+            return index.masked_fill(~best.isfinite(), NON_FINITE), digest.unsqueeze(0)
         gathered = all_gather(torch.cat([pack(best, index + self.first), digest]), self.tp)
         ids, finite = unpack(gathered[:, : len(best)].max(dim=0).values)
         return ids.masked_fill(~finite, NON_FINITE), gathered[:, len(best) :]
@@ -110,8 +118,8 @@ class Sampler:
         finite = whole.max(dim=1).values.isfinite()
         state.adjust(whole, rows.slots)
         self._ban(whole, rows, 0)
-        scaled = whole / state.temperature[rows.slot_index].unsqueeze(1)
         index = rows.slot_index
+        scaled = self._scaled(whole, rows, state)
         scaled = truncate(scaled, state.top_k[index], state.top_p[index], state.min_p[index])
         best, ids = self._scores(scaled, rows, state, self.full_table).max(dim=1)
         return ids.masked_fill(~(finite & best.isfinite()), NON_FINITE), digests

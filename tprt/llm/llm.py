@@ -322,10 +322,10 @@ class LLM:
         An id that is unknown or has finished gives none. Raises ConfigError when not rank 0.
         """
         self._lead_only("abort")
-        stream = self._requests.pop(request_id, None)
+        engine, stream = self._engine, self._requests.pop(request_id, None)
         if stream is None:
             return []
-        self._engine.abort(stream.sequences)
+        engine.abort(stream.sequences)
         events = list(self._events([stream]))
         self._stop_stepping_when_idle()
         return events
