@@ -290,7 +290,8 @@ def test_logprobs_are_those_of_the_raw_logits():
         assert set(expected.topk(k).indices.tolist()) <= set(entry) and len(entry) <= k + 1
         for token, value in entry.items():
             assert value.logprob == pytest.approx(expected[token].item(), abs=1e-5)
-            assert value.decoded_token == ByteTokenizer().decode([token])
+            whole = ByteTokenizer().decode([token])
+            assert value.decoded_token == ("|ENDOFTEXT|" if token == EOD else whole)
     assert out.prompt_logprobs[0] is None and len(out.prompt_logprobs) == len(prompt)
 
 

@@ -312,6 +312,28 @@ def test_after_an_interrupt_the_next_call_raises_and_nobody_waits():
     assert time.monotonic() - started < 60
 
 
+def test_a_file_cut_off_in_a_call_says_so(tmp_path, caplog):
+    path = tmp_path / "run.tprtrec"
+    _record(str(path))
+    with open_tiny(block_size=4, max_num_batched_tokens=16) as llm:
+        assert all(call.finished for call in llm.replay(path)) and not caplog.records
+        path.write_bytes(path.read_bytes()[:-1])
+        assert not llm.replay(path)[-1].finished
+        assert "ends in the middle of" in caplog.text
+
+
+def test_a_loop_of_steps_ends_when_nothing_is_unfinished():
+    prompt, params = "human: Reverse: lamp canoe\n\nadept:", SamplingParams(max_tokens=9, seed=1)
+    with open_tiny() as llm:
+        wanted = llm.generate(prompt, params)[0].outputs[0].text
+        assert not llm.has_unfinished_requests()
+        llm.add_request(prompt, params)
+        text = ""
+        while llm.has_unfinished_requests():
+            text += "".join(event.text for event in llm.step())
+        assert text == wanted
+
+
 def test_errors_of_the_caller_stay_their_own():
     def fails(finished: int, tokens: int) -> None:
         raise Mine

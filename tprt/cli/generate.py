@@ -15,9 +15,12 @@ from tprt.cli.common import (
 )
 from tprt.cli.settings import Settings
 from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK, ConfigError
+from tprt.log import get_logger
 
 if TYPE_CHECKING:
     from tprt.job.generate import JobReport
+
+logger = get_logger(__name__)
 
 SHOWN_RECORDS = 20
 
@@ -85,6 +88,8 @@ def _run_here(settings: Settings, show: bool) -> int:
         f"{total} records, {report.failed} failed; {report.tokens} tokens in "
         f"{report.seconds:.2f} s, {rate:.1f} tokens/s -> {settings.job.output}"
     )
+    if (first := next((r for r in report.records if r.error), None)) is not None:
+        logger.warning("first of %d failed records: %s: %s", report.failed, first.id, first.error)
     with contextlib.suppress(BrokenPipeError):  # the job is done; who reads this may be gone
         if show:
             _show(report)

@@ -188,7 +188,9 @@ class LLMEngine:
 
     def _entry(self, token: int, found: LogprobLists, row: int, wanted: int) -> TokenLogprobs:
         def one(token: int, value: float, rank: int) -> Logprob:
-            return Logprob(value, rank, self.tokenizer.decode([token]))
+            # As a part of a text: with its blank in front, and special pieces by their name.
+            piece = Detokenizer(self.tokenizer, skip_special_tokens=False)
+            return Logprob(value, rank, piece.push([token]) + piece.finish())
 
         entry = {token: one(token, found.target[row], found.rank[row])}
         likeliest = zip(found.top_ids[row][:wanted], found.top[row][:wanted], strict=True)

@@ -27,11 +27,13 @@ class ReplayedCall:
         tokens: drawn ids per (arrival number, index of the completion), overrun included.
         recorded: what the call returned then: for ``generate`` a list of ``RequestOutput`` as JSON;
             None where the file ends before its end or nothing was returned.
+        finished: the file goes on to the end of this call. One cut off does not.
     """
 
     name: str
     tokens: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     recorded: Any = None
+    finished: bool = False
 
     @property
     def differences(self) -> list[tuple[int, int]]:
@@ -64,8 +66,10 @@ def replay(engine: LLMEngine, records: Iterable[StepRecord], num_valid: int) -> 
             _check_open(engine, _read_json(record))
         elif record.kind == Kind.CALL:
             calls.append(ReplayedCall(record.text.decode("utf-8", "replace")))
-        elif record.kind == Kind.RETURN and calls and record.text:
-            calls[-1].recorded = _read_json(record).get("value")
+        elif record.kind == Kind.RETURN and calls:
+            calls[-1].finished = True
+            if record.text:
+                calls[-1].recorded = _read_json(record).get("value")
         elif record.kind == Kind.STEP:
             if not calls:
                 raise ConfigError(f"step {record.step} comes before any call", hint=HINT)

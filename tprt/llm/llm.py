@@ -291,8 +291,15 @@ class LLM:
         self._requests[request_id] = RequestStream(request_id, self._engine.add(request))
         return request_id
 
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step`` has something to do: requests added that have not finished."""
+        return bool(self._requests)
+
     def step(self) -> list[StreamEvent]:
-        """Run one step of the requests added; what it brought. Nothing to do gives no events.
+        """Run one step of the requests added; what it brought.
+
+        That may be nothing: a chunk of a prompt brings no token, and tokens are read one step late.
+        ``has_unfinished_requests`` says whether to go on.
 
         Raises:
             ConfigError: this is not rank 0.
@@ -482,13 +489,20 @@ class LLM:
             try:
                 with open(str(path), "rb") as file:
                     records = read_records(file, str(path))
-                    return replay(self._engine, records, self.num_valid_ids)
+                    calls = replay(self._engine, records, self.num_valid_ids)
             except OSError as error:
                 raise ConfigError(
                     f"the record file cannot be read: {error.strerror}",
                     where=str(path),
                     hint="a file written with engine.record_path",
                 ) from error
+            if calls and not calls[-1].finished:
+                logger.warning(
+                    "%s ends in the middle of %s(), as the file of a killed run does",
+                    path,
+                    calls[-1].name,
+                )
+        return calls
 
     def follow(self) -> None:
         """On ranks above 0: take part in whatever rank 0 calls, until it closes.
