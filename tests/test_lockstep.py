@@ -312,14 +312,15 @@ def test_after_an_interrupt_the_next_call_raises_and_nobody_waits():
     assert time.monotonic() - started < 60
 
 
-def test_a_file_cut_off_in_a_call_says_so(tmp_path, caplog):
-    path = tmp_path / "run.tprtrec"
+def test_a_file_cut_off_in_a_call_says_so(tmp_path, monkeypatch):
+    path, said = tmp_path / "run.tprtrec", []
+    monkeypatch.setattr("tprt.llm.llm.logger.warning", lambda *parts: said.append(parts[0]))
     _record(str(path))
     with open_tiny(block_size=4, max_num_batched_tokens=16) as llm:
-        assert all(call.finished for call in llm.replay(path)) and not caplog.records
+        assert all(call.finished for call in llm.replay(path)) and not said
         path.write_bytes(path.read_bytes()[:-1])
         assert not llm.replay(path)[-1].finished
-        assert "ends in the middle of" in caplog.text
+        assert any("ends in the middle of" in text for text in said)
 
 
 def test_a_loop_of_steps_ends_when_nothing_is_unfinished():
