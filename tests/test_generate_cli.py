@@ -85,7 +85,8 @@ def test_bad_records_get_errors_and_code_4(tmp_path, capsys):
     assert [b["id"] for b in bad] == ["2", "long", "empty", "ids", "roles", "surrogate"]
     assert all(b["error"]["message"] and b["outputs"] == [] for b in bad)
     assert "2048" in bad[1]["error"]["message"]
-    assert "6 failed" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "6 failed" in said.out and "first of 6 failed records: 2: " in said.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 

@@ -108,6 +108,24 @@ def test_packed_matrix_gives_the_product_of_the_plain_one(rows, shape):
         torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 17])
+def test_what_a_packed_product_takes_along_is_that_of_the_plain_operations(rows):
+    if not cpu.can_pack(torch.empty(2, 2, dtype=torch.bfloat16)):
+        pytest.skip("this CPU has no bfloat16 kernels in oneDNN")
+    torch.manual_seed(0)
+    weight, bias = torch.randn(40, 24).bfloat16(), torch.randn(40).bfloat16()
+    x, residual = torch.randn(rows, 24).bfloat16(), torch.randn(rows, 40).bfloat16()
+    kept, packed = residual.clone(), kernels.pack_weight(weight)
+    squared = kernels.linear_squared_relu(x, packed, bias)
+    assert torch.equal(squared, kernels.squared_relu(kernels.linear(x, packed, bias)))
+    assert (squared == 0).any() and (squared > 0).any()
+    exact = residual.double() + F.linear(x.double(), weight.double(), bias.double())
+    for matrix in (packed, weight):
+        found = kernels.linear_add(x, matrix, bias, residual)
+        torch.testing.assert_close(found.double(), exact, rtol=2**-6, atol=5e-2)
+    assert torch.equal(residual, kept), "what is added to is not changed"
+
+
 def test_float32_matrices_are_left_as_they_are():
     weight = torch.randn(8, 8)
     assert kernels.pack_weight(weight) is weight

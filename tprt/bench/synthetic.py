@@ -17,6 +17,7 @@ from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
 from tprt.engine.sequence import Request, Sequence
 from tprt.errors import ConfigError
+from tprt.llm.startup import agree_on_blocks
 from tprt.models.persimmon import PersimmonForCausalLM
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer
@@ -73,13 +74,12 @@ def random_model(
     return model
 
 
-def make_engine(
-    model: PersimmonForCausalLM, config: EngineConfig, num_blocks: int | None = None
-) -> LLMEngine:
-    """An engine around ``model``; without ``num_blocks``, of kv_cache_memory bytes, 1 GiB if None."""
+def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
+    """An engine around ``model``, with the KV cache that ``LLM`` would give it."""
     dtype: torch.dtype = getattr(torch, config.dtype)
+    longest = config.resolve_max_model_len(model.config.max_position_embeddings)
     block_bytes = config.block_size * sum(s.bytes_per_token(dtype) for s in model.cache_spec())
-    num_blocks = num_blocks or (config.kv_cache_memory or 2**30) // block_bytes
+    num_blocks = agree_on_blocks(model.tp, config, block_bytes, longest)
     runner = ModelRunner(
         model,
         model.tp,
@@ -87,7 +87,7 @@ def make_engine(
         num_blocks=num_blocks,
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
-        max_model_len=config.resolve_max_model_len(model.config.max_position_embeddings),
+        max_model_len=longest,
         num_valid=model.config.vocab_size,
     )
     tokenizer = cast(Tokenizer, NumberTokenizer())
