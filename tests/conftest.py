@@ -10,12 +10,16 @@ from queue import Empty
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "examples" / "tiny-persimmon"
 
 # Ranks of one test share two cores with each other and with whatever else runs.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Read where a kernel is defined. Without a GPU the Triton kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

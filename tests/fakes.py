@@ -14,6 +14,7 @@ from tprt.config import EngineConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
+from tprt.kernels.reference import ReferenceKernels
 
 EOD = 256
 VOCAB = 257
@@ -67,7 +68,8 @@ class HashModel:
         memory[batch.slot_mapping[0]] = batch.input_ids.to(memory.dtype)
         size = caches[0].k.shape[1]
         histories, row = [], 0
-        for i, (new, old) in enumerate(zip(batch.query_lens, batch.context_lens, strict=True)):
+        for i, new in enumerate(batch.query_lens):
+            old = int(batch.positions[row])
             places = batch.block_tables[i].repeat_interleave(size) * 2 * size
             places = places + torch.arange(len(places)) % size
             ids = memory[places[: old + new]].long().tolist()
@@ -78,6 +80,9 @@ class HashModel:
 
     def compute_logits(self, hidden):
         return torch.stack([self._row(self.histories[i]) for i in hidden.tolist()])
+
+    def argmax(self, hidden, noise, num_valid):
+        return ReferenceKernels().argmax(self.compute_logits(hidden), noise, 0, num_valid)
 
     def _row(self, ids):
         generator = torch.Generator().manual_seed(hash(tuple(ids)) % 2**62)

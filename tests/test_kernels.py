@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tprt import kernels
-from tprt.kernels import cpu, reference
-from tprt.kernels.attention import ReferenceAttention
+from tprt.kernels import Norm, cpu, reference
+from tprt.kernels.reference import ReferenceAttention
+
+KERNELS = cpu.CPUKernels()
 
 BLOCK, HEADS, DIM = 4, 2, 8
 
@@ -85,7 +86,7 @@ def test_keys_and_values_go_where_the_mapping_says():
     cache = torch.zeros(3, 2, BLOCK, HEADS, DIM)
     k, v = torch.randn(2, HEADS, DIM), torch.randn(2, HEADS, DIM)
     keys = torch.tensor([2 * 2 * BLOCK + 3, 1 * 2 * BLOCK])  # block 2 offset 3, block 1 offset 0
-    kernels.store_kv(k, v, cache, torch.stack([keys, keys + BLOCK]))
+    reference.store_kv(k, v, cache, torch.stack([keys, keys + BLOCK]))
     assert torch.equal(cache[2, 0, 3], k[0]) and torch.equal(cache[2, 1, 3], v[0])
     assert torch.equal(cache[1, 0, 0], k[1]) and torch.equal(cache[1, 1, 0], v[1])
     assert (cache != 0).sum() == 4 * HEADS * DIM
@@ -99,11 +100,11 @@ def test_packed_matrix_gives_the_product_of_the_plain_one(rows, shape):
     torch.manual_seed(0)
     weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
     x = torch.randn(rows, shape[1]).bfloat16()
-    packed = kernels.pack_weight(weight)
+    packed = KERNELS.pack_weight(weight)
     assert packed is not weight
     for b in (bias, None):
         exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
-        found = kernels.linear(x, packed, b)
+        found = KERNELS.linear(x, packed, b)
         assert found.shape == (rows, shape[0]) and found.dtype == torch.bfloat16
         torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=1e-2)
 
@@ -115,17 +116,19 @@ def test_what_a_packed_product_takes_along_is_that_of_the_plain_operations(rows)
     torch.manual_seed(0)
     weight, bias = torch.randn(40, 24).bfloat16(), torch.randn(40).bfloat16()
     x, residual = torch.randn(rows, 24).bfloat16(), torch.randn(rows, 40).bfloat16()
-    kept, packed = residual.clone(), kernels.pack_weight(weight)
-    squared = kernels.linear_squared_relu(x, packed, bias)
-    assert torch.equal(squared, kernels.squared_relu(kernels.linear(x, packed, bias)))
+    norm = Norm(torch.randn(40).bfloat16(), torch.randn(40).bfloat16(), 1e-5)
+    kept, packed = residual.clone(), KERNELS.pack_weight(weight)
+    squared = KERNELS.linear_squared_relu(x, packed, bias)
+    assert torch.equal(squared, reference.squared_relu(KERNELS.linear(x, packed, bias)))
     assert (squared == 0).any() and (squared > 0).any()
     exact = residual.double() + F.linear(x.double(), weight.double(), bias.double())
     for matrix in (packed, weight):
-        found = kernels.linear_add(x, matrix, bias, residual)
+        found, normed = KERNELS.linear_add_layer_norm(x, matrix, bias, residual, norm)
         torch.testing.assert_close(found.double(), exact, rtol=2**-6, atol=5e-2)
+        assert torch.equal(normed, KERNELS.layer_norm(found, norm))
     assert torch.equal(residual, kept), "what is added to is not changed"
 
 
 def test_float32_matrices_are_left_as_they_are():
     weight = torch.randn(8, 8)
-    assert kernels.pack_weight(weight) is weight
+    assert KERNELS.pack_weight(weight) is weight

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tprt import kernels
 from tprt.distributed.sharding import (
     ShardSpec,
     broadcast_rows,
@@ -21,7 +20,8 @@ from tprt.distributed.sharding import (
 )
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import ConfigError
-from tprt.layers.attention import QKNormRotary
+from tprt.kernels import Norm, reference
+from tprt.layers.attention import Attention
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tprt.layers.norm import HeadLayerNorm
@@ -62,15 +62,18 @@ def test_column_then_row_is_the_whole_layer(size, monkeypatch):
     down = {"weight": torch.randn(8, 24), "bias": torch.randn(8)}
     x = torch.randn(5, 8)
     r = torch.randn(5, 8)
+    norm = Norm(torch.randn(8), torch.randn(8), 1e-5)
     expected = r + F.linear(F.linear(x, **up), **down)
+    normed = F.layer_norm(expected, (8,), norm.weight, norm.bias, norm.eps)
     forwards = []
     for tp in ranks(size):
         column = fill(ColumnParallelLinear(8, 24, tp, F32), up)
         row = fill(RowParallelLinear(24, 8, tp, F32), down)
         assert column.weight.shape == (24 // size, 8)
-        forwards.append(lambda column=column, row=row: row(column(x), r))
-    for out in forward_on_paper(monkeypatch, "tprt.layers.linear", forwards):
+        forwards.append(lambda column=column, row=row: row(column(x), r, norm))
+    for out, h in forward_on_paper(monkeypatch, "tprt.layers.linear", forwards):
         torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(h, normed)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -105,16 +108,16 @@ def test_queries_and_keys_have_norms_of_their_own_per_head(per_head):
     for tp in ranks(2):
         norms = [fill(HeadLayerNorm(4, 6, tp, F32, per_head), pair) for pair in pairs]
         assert norms[0].weight.shape == (2, 6)
-        layer = QKNormRotary((norms[0], norms[1]), 1e-5)
+        layer = Attention(4, 6, tp, (norms[0], norms[1]), 1e-5)
         assert not list(layer.parameters()), "they have their names elsewhere"
         mine = x[:, 2 * tp.rank : 2 * tp.rank + 2]
-        before = layer(mine, still)
+        before = reference.qk_norm_rotary(mine, layer._stack(), *still)
         layer.finish_loading()
-        after = layer(mine, still)
-        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        after = reference.qk_norm_rotary(mine, layer.stacked, *still)
+        assert torch.equal(before, after)
         out.append(after)
     for i in range(2):
-        torch.testing.assert_close(torch.cat([o[i] for o in out], 1), expected[i])
+        torch.testing.assert_close(torch.cat([o[:, :, i] for o in out], 1), expected[i])
 
 
 def test_bf16_rotary_rounds_positions_and_products():
@@ -137,7 +140,7 @@ def test_rotary_turns_half_split_pairs_and_leaves_the_rest():
     kept = x.clone()
     table = RotaryEmbedding(4, 8, 100.0, "fp32", torch.device("cpu"))
     positions = torch.tensor([0, 5, 7])
-    turned = kernels.qk_norm_rotary(x, None, None, 1e-5, *table(positions))
+    turned = reference.qk_norm_rotary(x, None, *table(positions))
     for t, position in enumerate(positions.tolist()):
         for i in range(2):  # pairs are (i, i + 2), not (2i, 2i + 1)
             angle = torch.tensor(position * 100.0 ** (-2 * i / 4))
@@ -150,7 +153,7 @@ def test_rotary_turns_half_split_pairs_and_leaves_the_rest():
 
 def test_squared_relu_in_float16_does_not_overflow():
     x = torch.tensor([-3.0, 0.0, 2.0, 255.0, 300.0, 60000.0, float("nan")], dtype=torch.float16)
-    y = kernels.squared_relu(x)
+    y = reference.squared_relu(x)
     assert y[:3].tolist() == [0.0, 0.0, 4.0]
     assert torch.isfinite(y[:6]).all() and y[4] == 65504.0
     assert torch.isnan(y[6]), "a NaN must stay visible"

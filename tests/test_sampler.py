@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.noise import NON_FINITE, arrival_seed, gumbel, sequence_key, token_table
 from tprt.engine.record_builder import banned_ids, slot_options
 from tprt.engine.sampler import DrawRows, Sampler, pack, truncate, unpack
 from tprt.engine.scheduler import Row
 from tprt.engine.sequence import Request, Sequence
 from tprt.engine.slot_state import SlotState
+from tprt.kernels.noise import NON_FINITE, arrival_seed, gumbel, sequence_key, token_table
 from tprt.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -30,7 +30,11 @@ def draw(logits: torch.Tensor, sequences: list[Sequence], **sizes) -> list[int]:
     sampler = Sampler(TPGroup(), logits.shape[1], sizes.get("num_valid", logits.shape[1]))
     state, rows = rows_of(sequences, logits.shape[1])
     logits = sampler.mask_padding(logits.clone())
-    tokens, digests = sampler(logits, rows, state, torch.tensor([3, -4]))
+    digest = torch.tensor([3, -4])
+    if len(rows.bans) or any(seq.request.params.needs_whole_row for seq in sequences):
+        tokens, digests = sampler.full(logits, rows, state, digest)
+    else:
+        tokens, digests = sampler.plain(*sampler.local_argmax(logits, rows, state), digest)
     assert digests.tolist() == [[3, -4]]
     return tokens.tolist()
 
@@ -50,7 +54,7 @@ def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]
         slot_index=torch.arange(len(sequences)),
         positions=torch.tensor([seq.num_tokens for seq in sequences]),
         bans=torch.tensor(bans, dtype=torch.int64).view(-1, 2),
-        full=any(seq.request.params.needs_whole_row for seq in sequences),
+        all_greedy=state.sampled.isdisjoint(range(len(sequences))),
     )
     return state, rows
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tprt.cache.block_manager import BlockManager, extend_block_keys
-from tprt.engine.noise import NON_FINITE
 from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
+from tprt.kernels.noise import NON_FINITE
 from tprt.sampling_params import SamplingParams
 
 EOD = 0

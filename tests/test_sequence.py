@@ -2,9 +2,9 @@
 
 import pytest
 
-from tprt.engine.noise import NON_FINITE
 from tprt.engine.sequence import Request, Sequence
 from tprt.errors import ConfigError
+from tprt.kernels.noise import NON_FINITE
 from tprt.sampling_params import SamplingParams
 
 EOD = 0

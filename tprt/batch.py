@@ -20,10 +20,9 @@ class ForwardBatch:
         block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
         slots: int64 [B], the row of each sequence in per-sequence state.
         query_lens: tokens of each sequence in this pass (host side, B entries).
-        context_lens: tokens of each sequence already cached before this pass (host side, B entries).
         logits_rows: int64 [R], the flat rows whose logits are wanted.
         attention: how these tokens attend over a paged cache, planned once for all layers; see
-            ``kernels.attention``.
+            ``kernels.AttentionPlan``.
     """
 
     input_ids: torch.Tensor
@@ -32,6 +31,5 @@ class ForwardBatch:
     block_tables: torch.Tensor
     slots: torch.Tensor
     query_lens: tuple[int, ...]
-    context_lens: tuple[int, ...]
     logits_rows: torch.Tensor
     attention: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

@@ -7,9 +7,9 @@ Knows a tokenizer and limits: no blocks, no other rank.
 from collections.abc import Sequence
 from typing import Any
 
-from tprt.engine.noise import arrival_seed
 from tprt.engine.sequence import Request
 from tprt.errors import ConfigError
+from tprt.kernels.noise import arrival_seed
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer, render_chat
 

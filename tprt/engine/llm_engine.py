@@ -21,13 +21,13 @@ from tprt.distributed.tp_group import TPGroup
 from tprt.engine.control import ControlChannel, silence_limit
 from tprt.engine.logprobs import LogprobLists
 from tprt.engine.model_runner import ModelRunner, StepResult
-from tprt.engine.noise import NON_FINITE
 from tprt.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from tprt.engine.record_builder import build_record
 from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
 from tprt.errors import RankMismatch, TprtError
+from tprt.kernels.noise import NON_FINITE
 from tprt.tokenizer import Detokenizer, Tokenizer
 
 CLOSE_TIMEOUT = timedelta(seconds=60)  # ranks in ``follow`` listen, or end a step

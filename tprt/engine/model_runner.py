@@ -19,7 +19,7 @@ from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
 from tprt.engine.sampler import DrawRows, Sampler
 from tprt.engine.slot_state import SlotState
 from tprt.engine.step_record import ALL_LOGITS, DRAW, PROMPT_LOGPROBS, SlotOptions, StepRecord
-from tprt.kernels import attention_planner
+from tprt.kernels import kernels_for
 from tprt.models.persimmon import PersimmonForCausalLM
 
 
@@ -77,9 +77,8 @@ class ModelRunner:
         specs = model.cache_spec()
         self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, tp.device)
         (spec,) = set(specs)  # one kind of attention layer
-        self.attention = attention_planner(
-            tp.device, block_size, spec.num_heads, spec.head_dim, dtype
-        )
+        kernels = kernels_for(tp.device)
+        self.attention = kernels.attention(block_size, spec.num_heads, spec.head_dim, dtype)
         self.no_digest = torch.empty(0, dtype=torch.int64, device=tp.device)
         self.vocab_size = model.config.vocab_size
         part = padded_part(self.vocab_size, tp.size)
@@ -151,7 +150,6 @@ class ModelRunner:
             block_tables=tables,
             slots=slot_index,
             query_lens=query_lens,
-            context_lens=context_lens,
             logits_rows=self._tensor(wanted),
             attention=self.attention.plan(tables, query_lens, context_lens),
         )
@@ -160,7 +158,7 @@ class ModelRunner:
             slot_index=slot_index if drawing.all() else self._tensor(slots[drawing]),
             positions=self._tensor((starts + counts)[drawing]),
             bans=self._tensor(record.bans),
-            full=record.full,
+            all_greedy=self.state.sampled.isdisjoint(slots[drawing].tolist()),
         )
         return batch, draws
 
@@ -170,14 +168,25 @@ class ModelRunner:
         if not draws.slots:
             tokens = torch.empty(0, dtype=torch.int64, device=self.tp.device)
             return StepResult(record.step, tokens, all_gather(mine, self.tp))
-        logits = self.sampler.mask_padding(self.model.compute_logits(hidden))
-        raw = logits.clone() if record.logprobs >= 0 else None
-        tokens, digests = self.sampler(logits, draws, self.state, mine)
+        sampler, logits = self.sampler, None
+        if record.full or record.logprobs >= 0:
+            logits = sampler.mask_padding(self.model.compute_logits(hidden))
+        if record.full:
+            assert logits is not None
+            tokens, digests = sampler.full(logits, draws, self.state, mine)
+        else:
+            if logits is None:
+                noise = sampler.noise(draws, self.state)
+                best, ids = self.model.argmax(hidden, noise, sampler.num_valid)
+            else:
+                best, ids = sampler.local_argmax(logits, draws, self.state)
+            tokens, digests = sampler.plain(best, ids, mine)
         self.state.take(draws.slot_index, draws.slots, tokens)
         result = StepResult(record.step, tokens, digests)
-        if raw is not None:
+        if record.logprobs >= 0:
+            assert logits is not None
             result.logprobs = token_logprobs(
-                raw, tokens, record.logprobs, self.sampler.first, self.tp
+                logits, tokens, record.logprobs, sampler.first, self.tp
             )
         return result
 

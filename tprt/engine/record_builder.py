@@ -54,7 +54,8 @@ def build_record(plan: StepPlan, number: int, eod_id: int, look_ahead: int) -> S
     return StepRecord(
         step=number,
         kind=Kind.STEP,
-        full=full,
+        # Only the full sampler knows bans; it draws the same tokens as the plain one.
+        full=full or bool(bans),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         look_ahead=look_ahead,

@@ -6,14 +6,15 @@ Both add the same noise, so a row draws the same token in either. All ranks deci
 gathered bits and so agree by construction. Digests travel in the same gather.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tprt.distributed.communication import all_gather
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.noise import NON_FINITE, gumbel, token_table
 from tprt.engine.slot_state import NEG_INF, SlotState
+from tprt.kernels import Noise, kernels_for
+from tprt.kernels.noise import NON_FINITE
 
 _LOW_32 = 2**32 - 1
 
@@ -26,14 +27,14 @@ class DrawRows:
         slots: of each row, on the host; ``slot_index`` is the same as int64 [R] on the device.
         positions: int64 [R], of the token being drawn.
         bans: int64 [N, 2], pairs of row and id that are forbidden in this step alone.
-        full: whether a row has an option that ``plain`` does not know.
+        all_greedy: no row is drawn with noise.
     """
 
     slots: list[int]
     slot_index: torch.Tensor
     positions: torch.Tensor
     bans: torch.Tensor
-    full: bool
+    all_greedy: bool
 
 
 class Sampler:
@@ -45,68 +46,54 @@ class Sampler:
     def __init__(self, tp: TPGroup, part: int, num_valid: int) -> None:
         self.tp, self.part, self.num_valid = tp, part, num_valid
         self.first = tp.rank * part
-        self.local_table = token_table(self.first, part, tp.device)
-        self.full_table = token_table(0, part * tp.size, tp.device)
+        self.kernels = kernels_for(tp.device)
 
     def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [R, part] of this rank with -inf for ids that do not exist, in place."""
         logits[:, max(0, self.num_valid - self.first) :] = NEG_INF
         return logits
 
-    def __call__(
-        self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
+    def noise(self, rows: DrawRows, state: SlotState) -> Noise:
+        """How ``rows`` draw, from what their slots hold."""
+        index = rows.slot_index
+        return Noise(
+            temperature=state.temperature[index],
+            greedy=state.greedy[index],
+            keys=state.keys[index],
+            positions=rows.positions,
+            all_greedy=rows.all_greedy,
+        )
+
+    def local_argmax(
+        self, logits: torch.Tensor, rows: DrawRows, state: SlotState
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one id per row.
+        """What ``plain`` takes, from this rank's logits; int64 and float32 [R]."""
+        valid = min(max(0, self.num_valid - self.first), self.part)
+        return self.kernels.argmax(logits, self.noise(rows, state), self.first, valid)
+
+    def plain(
+        self, best: torch.Tensor, ids: torch.Tensor, digest: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ids to draw, where every rank knows the best of its part.
 
         Args:
-            logits: float32 [R, part] of this rank, padding masked; they are changed.
+            best, ids: float32 [R] and int64 [R] of this rank, as ``Kernels.argmax`` gives them.
             digest: int64 [D] of this rank; empty where there is no other.
 
         Returns:
             int64 [R], the same ids on every rank, NON_FINITE for a row with a NaN or infinite logit;
             and all digests, int64 [ranks, D].
         """
-        draw = self._full if rows.full else self._plain
-        return draw(logits, rows, state, digest)
-
-    def _scaled(self, logits: torch.Tensor, rows: DrawRows, state: SlotState) -> torch.Tensor:
-        """Logits divided by temperature, which is 1 where the row is greedy."""
-        if state.sampled.isdisjoint(rows.slots):
-            return logits
-        return logits / state.temperature[rows.slot_index].unsqueeze(1)
-
-    def _scores(
-        self, scaled: torch.Tensor, rows: DrawRows, state: SlotState, table: torch.Tensor
-    ) -> torch.Tensor:
-        """What ``_scaled`` gave, plus noise where the row is not greedy."""
-        if state.sampled.isdisjoint(rows.slots):
-            return scaled
-        greedy = state.greedy[rows.slot_index]
-        noise = gumbel(state.keys[rows.slot_index], rows.positions, table)
-        return scaled + noise.masked_fill(greedy.unsqueeze(1), 0.0)
-
-    def _ban(self, logits: torch.Tensor, rows: DrawRows, first: int) -> None:
-        """-inf at the banned ids among those from ``first`` on, in place."""
-        if len(rows.bans):
-            row, token = rows.bans.unbind(1)
-            here = (token >= first) & (token < first + logits.shape[1])
-            logits[row[here], token[here] - first] = NEG_INF
-
-    def _plain(
-        self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._ban(logits, rows, self.first)
-        scaled = self._scaled(logits, rows, state)
-        best, index = self._scores(scaled, rows, state, self.local_table).max(dim=1)
         if self.tp.size == 1:
-            return index.masked_fill(~best.isfinite(), NON_FINITE), digest.unsqueeze(0)
-        gathered = all_gather(torch.cat([pack(best, index + self.first), digest]), self.tp)
+            return ids.masked_fill(~best.isfinite(), NON_FINITE), digest.unsqueeze(0)
+        gathered = all_gather(torch.cat([pack(best, ids), digest]), self.tp)
         ids, finite = unpack(gathered[:, : len(best)].max(dim=0).values)
         return ids.masked_fill(~finite, NON_FINITE), gathered[:, len(best) :]
 
-    def _full(
+    def full(
         self, logits: torch.Tensor, rows: DrawRows, state: SlotState, digest: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As ``plain``, from this rank's logits, float32 [R, part] with padding masked."""
         # The digest's bits travel as floats; a gather copies them whatever they stand for.
         bits = digest.view(torch.float32)
         gathered = all_gather(torch.cat([bits, logits.flatten()]), self.tp)
@@ -116,12 +103,16 @@ class Sampler:
         rest = gathered[:, len(bits) :].reshape(self.tp.size, -1, self.part)
         whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
         finite = whole.max(dim=1).values.isfinite()
+        whole = whole if self.tp.size > 1 else whole.clone()  # a view of the argument
         state.adjust(whole, rows.slots)
-        self._ban(whole, rows, 0)
-        index = rows.slot_index
-        scaled = self._scaled(whole, rows, state)
+        if len(rows.bans):
+            row, token = rows.bans.unbind(1)
+            whole[row, token] = NEG_INF
+        index, noise = rows.slot_index, self.noise(rows, state)
+        scaled = whole / noise.temperature.unsqueeze(1)
         scaled = truncate(scaled, state.top_k[index], state.top_p[index], state.min_p[index])
-        best, ids = self._scores(scaled, rows, state, self.full_table).max(dim=1)
+        noise = replace(noise, temperature=torch.ones_like(noise.temperature))
+        best, ids = self.kernels.argmax(scaled, noise, 0, self.num_valid)
         return ids.masked_fill(~(finite & best.isfinite()), NON_FINITE), digests
 
 

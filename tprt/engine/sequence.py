@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tprt.engine.noise import NON_FINITE, sequence_key
 from tprt.engine.outputs import TokenLogprobs
+from tprt.kernels.noise import NON_FINITE, sequence_key
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Detokenizer
 

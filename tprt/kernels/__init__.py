@@ -1,55 +1,66 @@
-"""The operations layers call. Each has one signature; which body serves it is decided here.
+"""The operations layers call, and which body serves them: decided once, where a layer is made.
 
-``reference`` is plain torch, for any device, and the oracle of the others; ``cpu`` is what CPUs run.
+``reference`` is plain torch, for any device, and the oracle of the others; ``cpu`` is what CPUs run,
+``triton`` what GPUs run. The latter also runs on a CPU in Triton's interpreter, for tests.
 """
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-from tprt.kernels import cpu
-from tprt.kernels.attention import AttentionPlan, AttentionPlanner, attention_planner
-from tprt.kernels.reference import layer_norm, qk_norm_rotary, squared_relu, store_kv
+import torch
+
+from tprt.errors import ConfigError
+from tprt.kernels.cpu import CPUKernels
+from tprt.kernels.interface import AttentionPlan, AttentionPlanner, HeadNorms, Kernels, Noise, Norm
+from tprt.kernels.reference import ReferenceKernels
 
 __all__ = [
     "AttentionPlan",
     "AttentionPlanner",
-    "attention_planner",
-    "layer_norm",
-    "linear",
-    "linear_add",
-    "linear_squared_relu",
-    "pack_weight",
-    "qk_norm_rotary",
-    "squared_relu",
-    "store_kv",
+    "HeadNorms",
+    "Kernels",
+    "Noise",
+    "Norm",
+    "kernels_for",
+    "use_kernels",
 ]
 
+BODIES = ("auto", "reference", "triton")
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix [out_features, in_features] as ``linear`` reads it fastest here; itself, or a copy."""
-    return cpu.pack(weight) if cpu.can_pack(weight) else weight
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + b, [T, in_features] -> [T, out_features]; ``weight`` plain or from ``pack_weight``."""
-    if weight.is_mkldnn:
-        return cpu.packed_linear(x, weight, bias)
-    return F.linear(x, weight, bias)
+_choice: ContextVar[str] = ContextVar("kernels", default="auto")
 
 
-def linear_squared_relu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``squared_relu`` of ``linear``."""
-    if weight.is_mkldnn:
-        return cpu.packed_linear_squared_relu(x, weight, bias)
-    return squared_relu(F.linear(x, weight, bias))
+@contextmanager
+def use_kernels(name: str) -> Iterator[None]:
+    """Layers made inside get the body ``name``: "auto", "reference" or "triton"."""
+    token = _choice.set(name)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
 
 
-def linear_add(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-) -> torch.Tensor:
-    """``residual`` [T, out_features] + ``linear``; where it is one operation, rounded once."""
-    if weight.is_mkldnn:
-        return cpu.packed_linear_add(x, weight, bias, residual)
-    return residual + F.linear(x, weight, bias)
+def kernels_for(device: torch.device) -> Kernels:
+    """The body for tensors on ``device``: what ``use_kernels`` says, else the fastest one there.
+
+    Raises:
+        ConfigError: Triton was asked for where it cannot run.
+    """
+    name = _choice.get()
+    if name == "reference" or device.type == "meta":
+        return ReferenceKernels()
+    if name == "auto" and device.type == "cpu":
+        return CPUKernels()
+    return _triton(device)
+
+
+def _triton(device: torch.device) -> Kernels:
+    try:
+        from tprt.kernels.triton_ops import TritonKernels
+    except ImportError as error:
+        raise ConfigError(
+            f"Triton cannot be imported: {error}",
+            hint="pip install triton, or engine.kernels=reference",
+        ) from error
+    return TritonKernels(device)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from tprt.kernels.reference import causal_mask, gather_kv
+from tprt.kernels.interface import Norm, Tensors
+from tprt.kernels.reference import ReferenceKernels, causal_mask, gather_kv
 
 Ints = npt.NDArray[np.int64]
 
@@ -34,36 +35,57 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[out_features, in_features] as an opaque tensor for ``packed_linear``; a copy."""
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-    return packed
-
-
-def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """[T, in_features] -> [T, out_features]; sums in float32, rounded once."""
-    out: torch.Tensor = _linear(x, weight, bias, "none", [], "")
-    return out
-
-
-def packed_linear_squared_relu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """relu(x W^T + b)^2; rounded before the square, as two operations would."""
-    out: torch.Tensor = _linear(x, weight, bias, "relu", [], "")
-    return out.square_()
-
-
-def packed_linear_add(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
-) -> torch.Tensor:
-    """residual + x W^T + b, rounded once."""
-    out: torch.Tensor = _linear_binary(x, residual, weight, bias, "add")
-    return out
-
-
 _linear = torch.ops.mkldnn._linear_pointwise.default
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary
+
+
+class CPUKernels(ReferenceKernels):
+    """See ``interface.Kernels``; what stands here is faster than the plain body on a CPU."""
+
+    name = "cpu"
+
+    def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """An opaque tensor for oneDNN where it has a layout for this dtype; a copy."""
+        if not can_pack(weight):
+            return weight
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        return packed
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if not weight.is_mkldnn:
+            return F.linear(x, weight, bias)
+        out: torch.Tensor = _linear(x, weight, bias, "none", [], "")
+        return out
+
+    def linear_squared_relu(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Rounded before the square, as two operations would."""
+        if not weight.is_mkldnn:
+            return super().linear_squared_relu(x, weight, bias)
+        out: torch.Tensor = _linear(x, weight, bias, "relu", [], "")
+        return out.square_()
+
+    def linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> Tensors:
+        """Product, bias and residual are rounded once where they are one operation."""
+        if not weight.is_mkldnn:
+            return super().linear_add_layer_norm(x, weight, bias, residual, norm)
+        total: torch.Tensor = _linear_binary(x, residual, weight, bias, "add")
+        return total, self.layer_norm(total, norm)
+
+    def attention(
+        self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> "CPUAttention":
+        return CPUAttention(block_size, num_heads, head_dim, dtype)
 
 
 @dataclass(frozen=True)
@@ -131,6 +153,10 @@ class CPUAttention:
         by_length = torch.from_numpy(np.array(rows, dtype=np.int64)[order])
         groups = self._groups(tables, lengths[order])
         return CPUAttentionPlan(chunks, groups, by_length, start)
+
+    def plan_decode(self, block_tables: torch.Tensor, lengths: torch.Tensor) -> "CPUAttentionPlan":
+        """Here the host is the device: lengths are read."""
+        return self.plan(block_tables, [1] * len(lengths), (lengths - 1).tolist())
 
     def _groups(self, tables: Ints, lengths: Ints) -> list[_Group]:
         """Cut rows, which come by ascending length, so that little is padded and all stays close."""

@@ -5,44 +5,116 @@ Knows tensors only: no ranks, no models.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from tprt.kernels.interface import AttentionPlanner, HeadNorms, Noise, Norm, Tensors
+from tprt.kernels.noise import gumbel, token_table
+
 FP16_MAX = 65504.0
+NEG_INF = float("-inf")
 
 
-def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """LayerNorm over the last dimension; statistics in float32, result in the dtype of ``x``."""
-    return torch.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+class ReferenceKernels:
+    """See ``interface.Kernels``."""
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+
+    def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return torch.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
+
+    def add_layer_norm(
+        self, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, norm: Norm
+    ) -> Tensors:
+        total = residual + (x + bias).to(residual.dtype)
+        return total, self.layer_norm(total, norm)
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def linear_squared_relu(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        return squared_relu(self.linear(x, weight, bias))
+
+    def linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> Tensors:
+        total = residual + self.linear(x, weight, bias)
+        return total, self.layer_norm(total, norm)
+
+    def qk_norm_rotary_store(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        qk = qk_norm_rotary(qkv[:, :, :2], norms, cos, sin)
+        store_kv(qk[:, :, 1], qkv[:, :, 2], kv_cache, slot_mapping)
+        return qk[:, :, 0]
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.linear(x, weight).float()
+
+    def linear_argmax(
+        self, x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+    ) -> Tensors:
+        return self.argmax(self.logits(x, weight), noise, first_id, num_valid)
+
+    def argmax(self, logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
+        scores = logits
+        if not noise.all_greedy:
+            table = self._table(first_id, logits.shape[1], logits.device)
+            drawn = gumbel(noise.keys, noise.positions, table)
+            drawn = drawn.masked_fill(noise.greedy.unsqueeze(1), 0.0)
+            scores = logits / noise.temperature.unsqueeze(1) + drawn
+        if num_valid < logits.shape[1]:
+            outside = torch.arange(logits.shape[1], device=logits.device) >= num_valid
+            scores = scores.masked_fill(outside, NEG_INF)
+        best, index = scores.max(dim=1)
+        return best, index + first_id
+
+    def attention(
+        self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> AttentionPlanner:
+        return ReferenceAttention()
+
+    def _table(self, first_id: int, count: int, device: torch.device) -> torch.Tensor:
+        key = first_id, count, device
+        if key not in self._tables:
+            self._tables[key] = token_table(first_id, count, device)
+        return self._tables[key]
 
 
 def qk_norm_rotary(
-    qk_THQD: torch.Tensor,
-    weight_HQD: torch.Tensor | None,
-    bias_HQD: torch.Tensor | None,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    qk_THQD: torch.Tensor, norms: HeadNorms | None, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """LayerNorm of each head's query and key, then rotation of the first r of D dimensions.
 
-    All of it in float32; the result has the dtype of ``qk_THQD``.
-
-    Args:
-        qk_THQD: queries (0) and keys (1) of T tokens and H heads, [T, H, 2, D].
-        weight_HQD, bias_HQD: float32 [H, 2, D]; None leaves the LayerNorm out.
-        cos, sin: float32 [T, 1, 1, r], as ``RotaryEmbedding`` gives them; pairs are (i, i + r/2), as in
-            GPT-NeoX.
+    [T, H, 2, D] -> the same shape and dtype, a new tensor; the rest as in ``qk_norm_rotary_store``.
     """
     x, rotary_dim = qk_THQD.float(), cos.shape[-1]
-    if weight_HQD is not None:
-        assert bias_HQD is not None
-        x = torch.addcmul(
-            bias_HQD, torch.layer_norm(x, (x.shape[-1],), None, None, eps), weight_HQD
-        )
+    if norms is not None:
+        x = torch.layer_norm(x, (x.shape[-1],), None, None, norms.eps)
+        x = torch.addcmul(norms.bias, x, norms.weight)
     elif x is qk_THQD:
         x = x.clone()
     turning = x[..., :rotary_dim]
@@ -106,3 +178,45 @@ def causal_mask(new: int, old: int, device: torch.device) -> torch.Tensor:
     """bool [new, old + new]: which positions each new token attends to."""
     rows = torch.arange(old, old + new, device=device).unsqueeze(1)
     return torch.arange(old + new, device=device) <= rows
+
+
+@dataclass(frozen=True)
+class ReferencePlan:
+    block_tables: torch.Tensor
+    query_lens: Sequence[int]
+    context_lens: Sequence[int]
+
+    def __call__(self, q_THD: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+        return paged_attention(
+            q_THD, kv_cache, self.block_tables, self.query_lens, self.context_lens, scale
+        )
+
+
+@dataclass(frozen=True)
+class ReferenceDecodePlan:
+    block_tables: torch.Tensor
+    lengths: torch.Tensor
+
+    def __call__(self, q_THD: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+        # Padded to the longest table, since lengths are not to be read here. What lies past an end may
+        # be NaN, and 0 x NaN is NaN: it is replaced, not only masked.
+        k, v = kv_cache[self.block_tables].unbind(2)  # [B, N, block_size, H, D]
+        k, v = k.flatten(1, 2), v.flatten(1, 2)
+        inside = torch.arange(k.shape[1], device=k.device) < self.lengths.unsqueeze(1)  # [B, L]
+        kept = inside[:, :, None, None]
+        k, v = k.where(kept, 0.0).transpose(1, 2), v.where(kept, 0.0).transpose(1, 2)
+        mask = inside[:, None, None]
+        q = q_THD.unsqueeze(2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).squeeze(2)
+
+
+class ReferenceAttention:
+    """See ``interface.AttentionPlanner``."""
+
+    def plan(
+        self, block_tables: torch.Tensor, query_lens: Sequence[int], context_lens: Sequence[int]
+    ) -> ReferencePlan:
+        return ReferencePlan(block_tables, query_lens, context_lens)
+
+    def plan_decode(self, block_tables: torch.Tensor, lengths: torch.Tensor) -> ReferenceDecodePlan:
+        return ReferenceDecodePlan(block_tables, lengths)

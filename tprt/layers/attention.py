@@ -3,62 +3,59 @@
 import torch
 from torch import nn
 
-from tprt import kernels
 from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.distributed.sharding import divide
 from tprt.distributed.tp_group import TPGroup
+from tprt.kernels import HeadNorms, kernels_for
 from tprt.layers.norm import HeadLayerNorm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Args:
-    num_heads: of the whole model.
+    """LayerNorm of queries and keys head by head, their rotation, the cache, and the attention.
+
+    Args:
+        num_heads: of the whole model.
+        norms: of queries and of keys, which have their names elsewhere in the model; None for none.
     """
 
-    def __init__(self, num_heads: int, head_dim: int, tp: TPGroup) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        tp: TPGroup,
+        norms: tuple[HeadLayerNorm, HeadLayerNorm] | None,
+        eps: float,
+    ) -> None:
         super().__init__()
         self.num_heads = divide(num_heads, tp.size, "attention heads")
         self.head_dim, self.scale = head_dim, head_dim**-0.5
+        self.kernels, self.eps = kernels_for(tp.device), eps
+        # In a tuple: an attribute of its own would give the parameters a second name.
+        self.norms = norms
+        self.stacked: HeadNorms | None = None
+
+    def finish_loading(self) -> None:
+        """After the weights are in: put the norms of queries and keys side by side."""
+        self.stacked = self._stack()
+
+    def _stack(self) -> HeadNorms | None:
+        if self.norms is None:
+            return None
+        weight = torch.stack([norm.weight.float() for norm in self.norms], dim=1)
+        bias = torch.stack([norm.bias.float() for norm in self.norms], dim=1)
+        return HeadNorms(weight, bias, self.eps)
 
     def cache_spec(self) -> PagedKVSpec:
         return PagedKVSpec(self.num_heads, self.head_dim)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ForwardBatch, cache: KVCache
+        self, qkv: torch.Tensor, angles: Angles, batch: ForwardBatch, cache: KVCache
     ) -> torch.Tensor:
-        """q, k, v [T, local heads, head_dim] -> [T, local heads * head_dim]; k and v are cached."""
-        kernels.store_kv(k, v, cache.kv, batch.slot_mapping)
+        """[T, local heads, 3, head_dim] -> [T, local heads * head_dim]; keys and values are cached."""
+        norms = self.stacked or self._stack()
+        slots = batch.slot_mapping
+        q = self.kernels.qk_norm_rotary_store(qkv, norms, *angles, cache.kv, slots)
         return batch.attention(q, cache.kv, self.scale).flatten(1)
-
-
-class QKNormRotary(nn.Module):
-    """LayerNorm of queries and keys, head by head, and their rotation.
-
-    Args:
-        norms: of queries and of keys, which have their names elsewhere in the model; None for none.
-    """
-
-    def __init__(self, norms: tuple[HeadLayerNorm, HeadLayerNorm] | None, eps: float) -> None:
-        super().__init__()
-        # In a tuple: an attribute of its own would give the parameters a second name.
-        self.norms, self.eps = norms, eps
-        self.affine: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] | None = None
-
-    def finish_loading(self) -> None:
-        self.affine = self._stacked()
-
-    def _stacked(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        """Weights and biases of queries and keys, float32 [local heads, 2, head_dim]."""
-        if self.norms is None:
-            return None, None
-        weight = torch.stack([norm.weight.float() for norm in self.norms], dim=1)
-        return weight, torch.stack([norm.bias.float() for norm in self.norms], dim=1)
-
-    def forward(self, qk: torch.Tensor, angles: Angles) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, local heads, 2, head_dim] -> queries and keys, [T, local heads, head_dim] each."""
-        weight, bias = self.affine or self._stacked()
-        turned = kernels.qk_norm_rotary(qk, weight, bias, self.eps, *angles)
-        return turned[:, :, 0], turned[:, :, 1]

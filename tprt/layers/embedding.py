@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tprt import kernels
 from tprt.distributed.communication import all_reduce
 from tprt.distributed.sharding import padded_cut, padded_part
 from tprt.distributed.tp_group import TPGroup
+from tprt.kernels import Noise as Noise
 from tprt.layers.linear import ParallelLinear, sharded_parameter
 
 
@@ -46,12 +46,13 @@ class ParallelLMHead(ParallelLinear):
         dtype: torch.dtype,
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tp)
+        self.part = padded_part(vocab_size, tp.size)
         self.tied = tied_to is not None
         if tied_to is not None:
             self.weight = tied_to.weight
             return
-        spec = padded_cut((vocab_size, hidden_size), 0, tp.rank, padded_part(vocab_size, tp.size))
+        spec = padded_cut((vocab_size, hidden_size), 0, tp.rank, self.part)
         self.weight = sharded_parameter(spec, dtype, tp.device)
 
     def finish_loading(self) -> None:
@@ -61,4 +62,19 @@ class ParallelLMHead(ParallelLinear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part]. Padding rows give 0; the sampler masks them."""
-        return kernels.linear(hidden, self.weight).float()
+        return self.kernels.logits(hidden, self.weight)
+
+    def argmax(
+        self, hidden: torch.Tensor, noise: Noise, num_valid: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best id of this rank's part for each row, without the logits: score and id.
+
+        Args:
+            num_valid: ids from here on are padding of the vocabulary.
+
+        Returns:
+            float32 [R] and int64 [R], as ``Kernels.argmax``.
+        """
+        first = self.tp.rank * self.part
+        valid = min(max(0, num_valid - first), self.part)
+        return self.kernels.linear_argmax(hidden, self.weight, noise, first, valid)

@@ -5,10 +5,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tprt import kernels
 from tprt.distributed.communication import all_reduce
 from tprt.distributed.sharding import ShardSpec, cut, replicated
 from tprt.distributed.tp_group import TPGroup
+from tprt.kernels import Norm, kernels_for
 
 
 def sharded_parameter(spec: ShardSpec, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -24,9 +24,13 @@ class ParallelLinear(nn.Module):
 
     weight: torch.Tensor
 
+    def __init__(self, tp: TPGroup) -> None:
+        super().__init__()
+        self.tp, self.kernels = tp, kernels_for(tp.device)
+
     def finish_loading(self) -> None:
         """Lay the weight out as this device reads it fastest. It is no parameter any more."""
-        packed = kernels.pack_weight(self.weight)
+        packed = self.kernels.pack_weight(self.weight)
         if packed is not self.weight:
             del self.weight
             self.weight = packed
@@ -48,7 +52,8 @@ class ColumnParallelLinear(ParallelLinear):
         dtype: torch.dtype,
         activation: Literal["squared_relu"] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tp)
+        kernels = self.kernels
         self.linear = kernels.linear if activation is None else kernels.linear_squared_relu
         weight = cut((out_features, in_features), 0, tp.rank, tp.size)
         bias = cut((out_features,), 0, tp.rank, tp.size)
@@ -66,15 +71,21 @@ class RowParallelLinear(ParallelLinear):
     def __init__(
         self, in_features: int, out_features: int, tp: TPGroup, dtype: torch.dtype
     ) -> None:
-        super().__init__()
-        self.tp = tp
+        super().__init__(tp)
         weight = cut((out_features, in_features), 1, tp.rank, tp.size)
         self.weight = sharded_parameter(weight, dtype, tp.device)
         self.bias = sharded_parameter(replicated((out_features,)), dtype, tp.device)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """[T, in_features / size] and what to add, [T, out_features] -> [T, out_features] everywhere."""
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, norm: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, in_features / size] -> ``residual`` + y and its LayerNorm, on every rank.
+
+        Args:
+            residual: what y is added to, [T, out_features].
+            norm: of the layer that comes next: it belongs to the same kernel.
+        """
         if self.tp.size == 1:
-            return kernels.linear_add(x, self.weight, self.bias, residual)
-        partial = kernels.linear(x, self.weight)
-        return residual + (all_reduce(partial, self.tp) + self.bias)
+            return self.kernels.linear_add_layer_norm(x, self.weight, self.bias, residual, norm)
+        partial = self.kernels.linear(x, self.weight)
+        return self.kernels.add_layer_norm(all_reduce(partial, self.tp), self.bias, residual, norm)

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from tprt import kernels
 from tprt.distributed.sharding import broadcast_rows, cut, replicated
 from tprt.distributed.tp_group import TPGroup
+from tprt.kernels import Norm as Norm
+from tprt.kernels import kernels_for
 from tprt.layers.linear import sharded_parameter
 
 
@@ -14,13 +15,18 @@ class LayerNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float, tp: TPGroup, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels_for(tp.device)
         self.weight = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
         self.bias = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
 
+    @property
+    def norm(self) -> Norm:
+        """For the operations that end in a LayerNorm."""
+        return Norm(self.weight, self.bias, self.eps)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> the same shape and dtype."""
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+        return self.kernels.layer_norm(x, self.norm)
 
 
 class HeadLayerNorm(nn.Module):

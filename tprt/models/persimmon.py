@@ -5,6 +5,8 @@ embedding of half the head; squared ReLU without a gate; head untied from the em
 all-reduces per layer: at the end of ``dense`` and of ``dense_4h_to_h``.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -12,11 +14,13 @@ from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.config import PersimmonConfig, RotaryPrecision
 from tprt.distributed.tp_group import TPGroup
-from tprt.layers.attention import Angles, Attention, QKNormRotary
-from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from tprt.layers.attention import Angles, Attention
+from tprt.layers.embedding import Noise, ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
-from tprt.layers.norm import HeadLayerNorm, LayerNorm
+from tprt.layers.norm import HeadLayerNorm, LayerNorm, Norm
 from tprt.layers.rotary import RotaryEmbedding
+
+Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 class PersimmonAttention(nn.Module):
@@ -26,33 +30,31 @@ class PersimmonAttention(nn.Module):
         # Rows are ordered head by head with q, k, v inside a head: an even cut is whole heads.
         self.query_key_value = ColumnParallelLinear(hidden, 3 * hidden, tp, dtype)
         self.dense = RowParallelLinear(hidden, hidden, tp, dtype)
-        eps, norms = config.layer_norm_eps, config.qk_layernorm
-        if norms != "none":
-            per_head = norms == "per_head"
+        norms = None
+        if config.qk_layernorm != "none":
+            per_head = config.qk_layernorm == "per_head"
             self.q_layernorm = HeadLayerNorm(heads, head_dim, tp, dtype, per_head)
             self.k_layernorm = HeadLayerNorm(heads, head_dim, tp, dtype, per_head)
-            self.qk_norm_rotary = QKNormRotary((self.q_layernorm, self.k_layernorm), eps)
-        else:
-            self.qk_norm_rotary = QKNormRotary(None, eps)
-        self.attention = Attention(heads, head_dim, tp)
+            norms = self.q_layernorm, self.k_layernorm
+        self.attention = Attention(heads, head_dim, tp, norms, config.layer_norm_eps)
 
     def forward(
         self,
-        x: torch.Tensor,
+        h: torch.Tensor,
         residual: torch.Tensor,
         angles: Angles,
         batch: ForwardBatch,
         cache: KVCache,
+        norm: Norm,
         rows: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[T, hidden_size] twice -> ``residual`` plus the attention, of ``rows`` alone if given."""
+    ) -> Tensors:
+        """[T, hidden_size] -> ``residual`` plus the attention, of ``rows`` alone if given; its norm."""
         local = (-1, self.attention.num_heads, 3, self.attention.head_dim)
-        qkv = self.query_key_value(x).view(local)
-        q, k = self.qk_norm_rotary(qkv[:, :, :2], angles)
-        context = self.attention(q, k, qkv[:, :, 2], batch, cache)
+        qkv = self.query_key_value(h).view(local)
+        context = self.attention(qkv, angles, batch, cache)
         if rows is not None:
             context, residual = context[rows], residual[rows]
-        return self.dense(context, residual)
+        return self.dense(context, residual, norm)
 
 
 class PersimmonMLP(nn.Module):
@@ -62,8 +64,8 @@ class PersimmonMLP(nn.Module):
         self.dense_h_to_4h = ColumnParallelLinear(hidden, ffn, tp, dtype, "squared_relu")
         self.dense_4h_to_h = RowParallelLinear(ffn, hidden, tp, dtype)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self.dense_4h_to_h(self.dense_h_to_4h(x), residual)
+    def forward(self, h: torch.Tensor, residual: torch.Tensor, norm: Norm) -> Tensors:
+        return self.dense_4h_to_h(self.dense_h_to_4h(h), residual, norm)
 
 
 class PersimmonDecoderLayer(nn.Module):
@@ -78,14 +80,22 @@ class PersimmonDecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        h: torch.Tensor,
         angles: Angles,
         batch: ForwardBatch,
         cache: KVCache,
+        norm: Norm,
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T, hidden_size] -> the same; with ``rows`` [R], those rows only, [R, hidden_size]."""
-        x = self.self_attn(self.input_layernorm(x), x, angles, batch, cache, rows)
-        return self.mlp(self.post_attention_layernorm(x), x)
+    ) -> Tensors:
+        """The residual stream [T, hidden_size] and this layer's input LayerNorm of it -> the next ones.
+
+        Args:
+            norm: the LayerNorm that comes after this layer.
+            rows: int64 [R]; with it those rows only, [R, hidden_size].
+        """
+        middle = self.post_attention_layernorm.norm
+        x, h = self.self_attn(h, x, angles, batch, cache, middle, rows)
+        return self.mlp(h, x, norm)
 
 
 class PersimmonModel(nn.Module):
@@ -111,11 +121,15 @@ class PersimmonModel(nn.Module):
         """Hidden states [R, hidden_size] of the rows whose logits are wanted."""
         x = self.embed_tokens(batch.input_ids)  # [T, hidden_size]
         angles = self.rotary_emb(batch.positions)
-        for layer, cache in zip(self.layers[:-1], caches[:-1], strict=True):
-            x = layer(x, angles, batch, cache)
+        # Each LayerNorm belongs to the kernel that ends the layer before it.
+        layers = cast("list[PersimmonDecoderLayer]", self.layers)
+        h = layers[0].input_layernorm(x)
+        norms = [layer.input_layernorm.norm for layer in layers[1:]]
+        for layer, cache, norm in zip(layers[:-1], caches[:-1], norms, strict=True):
+            x, h = layer(x, h, angles, batch, cache, norm)
         # No later layer looks at the other rows: most of a prompt skips the last MLP.
-        x = self.layers[-1](x, angles, batch, caches[-1], batch.logits_rows)
-        return self.final_layernorm(x)
+        final, rows = self.final_layernorm.norm, batch.logits_rows
+        return layers[-1](x, h, angles, batch, caches[-1], final, rows)[1]
 
 
 class PersimmonForCausalLM(nn.Module):
@@ -154,7 +168,7 @@ class PersimmonForCausalLM(nn.Module):
         Nothing can be loaded or saved any more. Without it the model runs, slower.
         """
         for module in self.modules():
-            if isinstance(module, ParallelLinear | QKNormRotary):
+            if isinstance(module, ParallelLinear | Attention):
                 module.finish_loading()
 
     def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
@@ -164,6 +178,10 @@ class PersimmonForCausalLM(nn.Module):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part of the vocabulary] of this rank."""
         return self.lm_head(hidden)
+
+    def argmax(self, hidden: torch.Tensor, noise: Noise, num_valid: int) -> Tensors:
+        """The best id of this rank's part for each row; see ``ParallelLMHead.argmax``."""
+        return self.lm_head.argmax(hidden, noise, num_valid)
 
     def cache_spec(self) -> list[PagedKVSpec]:
         """What each layer keeps per token."""

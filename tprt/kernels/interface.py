@@ -1,0 +1,184 @@
+"""The operations layers call: one signature each, whatever body serves it.
+
+Legend: T tokens, R rows, H heads of this rank, D head width, r rotary width. Knows tensors only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+Tensors = tuple[torch.Tensor, torch.Tensor]
+
+
+class Norm(NamedTuple):
+    """A LayerNorm: weight and bias [width] in the dtype of the model, and what keeps it from 1 / 0."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+class HeadNorms(NamedTuple):
+    """LayerNorms of each head's query (0) and key (1): float32 [H, 2, D]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How each row draws: the id with the largest logit / temperature + keyed Gumbel noise.
+
+    Args:
+        temperature: float32 [R], 1 where greedy.
+        greedy: bool [R]; such a row gets no noise.
+        keys: int64 [R] of ``noise.sequence_key``.
+        positions: int64 [R], of the token being drawn.
+        all_greedy: known on the host: no row needs noise or temperature.
+    """
+
+    temperature: torch.Tensor
+    greedy: torch.Tensor
+    keys: torch.Tensor
+    positions: torch.Tensor
+    all_greedy: bool = False
+
+
+class AttentionPlan(Protocol):
+    """How the tokens of one pass attend; the same for every layer."""
+
+    def __call__(self, q_THD: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+        """Causal attention over a cache [blocks, 2, block_size, H, D]; queries and result [T, H, D].
+
+        The keys and values of these tokens are in the cache already. What lies in a block past the end
+        of a sequence is never used, NaN included.
+        """
+        ...
+
+
+class AttentionPlanner(Protocol):
+    """Makes the plan of a pass; lives as long as the engine and owns what attention needs to work in."""
+
+    def plan(
+        self, block_tables: torch.Tensor, query_lens: Sequence[int], context_lens: Sequence[int]
+    ) -> AttentionPlan:
+        """A pass of prompts' chunks and single tokens, their lengths known on the host.
+
+        Args:
+            block_tables: int64 [B, N], the blocks of each sequence, any number in unused entries.
+            query_lens: new tokens of each sequence. context_lens: tokens cached before.
+        """
+        ...
+
+    def plan_decode(self, block_tables: torch.Tensor, lengths: torch.Tensor) -> AttentionPlan:
+        """One new token for each of B sequences; nothing is read on the host, so a graph can hold it.
+
+        Args:
+            block_tables: int64 [B, N]. lengths: int64 [B], cached tokens with the new one, at least 1
+                and at most N blocks.
+        """
+        ...
+
+
+class Kernels(Protocol):
+    """One body of every operation. Made by ``kernels.kernels_for``."""
+
+    @property
+    def name(self) -> str: ...
+
+    def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """A matrix [out_features, in_features] as the products read it fastest; itself, or a copy."""
+        ...
+
+    def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """LayerNorm over the last dimension of [T, width]; statistics in float32."""
+        ...
+
+    def add_layer_norm(
+        self, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, norm: Norm
+    ) -> Tensors:
+        """``residual`` + (x + bias), [T, width] in the dtype of ``residual``, and the LayerNorm of that.
+
+        ``x`` may be float32 where the others are not.
+        """
+        ...
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x W^T + b, [T, in_features] -> [T, out_features]; sums in float32, rounded once.
+
+        ``weight`` [out_features, in_features] plain or from ``pack_weight``, here and below.
+        """
+        ...
+
+    def linear_squared_relu(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """relu(x W^T + b)^2. In float16 the square is capped at 65504: 256^2 is past its range."""
+        ...
+
+    def linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> Tensors:
+        """``add_layer_norm`` of ``linear``: what ends a row-parallel layer on a single rank."""
+        ...
+
+    def qk_norm_rotary_store(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """LayerNorm and rotation of queries and keys in float32; keys and values into the cache.
+
+        Args:
+            qkv: queries, keys and values of T tokens, [T, H, 3, D].
+            norms: None leaves the LayerNorm out.
+            cos, sin: float32 [T, 1, 1, r], as ``RotaryEmbedding`` gives them: dimension i of the first r
+                becomes x[i] cos[i] + x[i +- r/2] sin[i]; pairs are (i, i + r/2), as in GPT-NeoX.
+            kv_cache: [blocks, 2, block_size, H, D]. slot_mapping: int64 [2, T] as in ``ForwardBatch``.
+
+        Returns:
+            The queries, [T, H, D] in the dtype of ``qkv``.
+        """
+        ...
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W^T in float32, [R, width] -> [R, rows of ``weight``]."""
+        ...
+
+    def linear_argmax(
+        self, x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+    ) -> Tensors:
+        """``argmax`` of ``logits``; a body need not write them anywhere."""
+        ...
+
+    def argmax(self, logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
+        """The best of each row of float32 [R, V]; of equal scores the lowest id.
+
+        Args:
+            first_id: the id of column 0. num_valid: columns from here on stand for no id.
+
+        Returns:
+            float32 [R], its score, which is NaN or infinite where a valid logit is NaN or +inf or all
+            are -inf; and int64 [R], its id.
+        """
+        ...
+
+    def attention(
+        self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> AttentionPlanner:
+        """A planner for a cache of these sizes."""
+        ...
