@@ -75,7 +75,8 @@ class HashModel:
             ids = memory[places[: old + new]].long().tolist()
             histories += [ids[: old + k + 1] for k in range(new)]
             row += new
-        self.histories = [histories[i] for i in batch.logits_rows.tolist()]
+        wanted = range(row) if batch.logits_rows is None else batch.logits_rows.tolist()
+        self.histories = [histories[i] for i in wanted]
         return torch.arange(len(self.histories))
 
     def compute_logits(self, hidden):
@@ -107,5 +108,7 @@ def fake_engine(model=None, blocks=64, max_model_len=200, **settings) -> LLMEngi
         max_num_seqs=config.max_num_seqs,
         max_model_len=max_model_len,
         num_valid=model.config.vocab_size,
+        enforce_eager=config.enforce_eager,
     )
+    runner.capture()
     return LLMEngine(runner, ByteTokenizer(), config, blocks + 1, TPGroup())

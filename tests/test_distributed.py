@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, run_ranks
 
 from tprt.errors import ConfigError, PeerLost
-from tprt.llm.startup import uneven_offers
+from tprt.llm.memory import uneven_offers
 
 
 def _mesh_axis() -> list:
@@ -207,14 +207,14 @@ def _uneven_room() -> tuple[int, str]:
 
     from conftest import TINY
 
-    import tprt.llm.startup as startup
+    import tprt.llm.memory as memory
     from tprt import LLM
 
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logging.getLogger("tprt").addHandler(handler)
-    startup.CPU_KV_CACHE_MEMORY = 2**22 * (3 - int(os.environ["RANK"]))
+    memory.CPU_KV_CACHE_MEMORY = 2**22 * (3 - int(os.environ["RANK"]))
     with LLM(str(TINY), dtype="float32") as llm:
         return llm._engine.blocks.capacity, "\n".join(line for line in lines if "room" in line)
 

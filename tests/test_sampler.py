@@ -50,8 +50,7 @@ def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]
         for token in banned_ids(Row(seq, 0, seq.num_tokens, True), EOD)
     ]
     rows = DrawRows(
-        slots=list(range(len(sequences))),
-        slot_index=torch.arange(len(sequences)),
+        slots=torch.arange(len(sequences)),
         positions=torch.tensor([seq.num_tokens for seq in sequences]),
         bans=torch.tensor(bans, dtype=torch.int64).view(-1, 2),
         all_greedy=state.sampled.isdisjoint(range(len(sequences))),
@@ -215,11 +214,10 @@ def test_penalties_and_bias_against_a_plain_reference(seed):
     state.begin(slot_options(seq))
     for step in range(12):
         logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(100 * seed + step))
-        adjusted = logits.clone()
-        state.adjust(adjusted, [0])
+        adjusted = state.adjust(logits, torch.tensor([0]))
         torch.testing.assert_close(adjusted[0], penalized(logits[0], prompt, seq.token_ids, p))
         token = int(adjusted.argmax())
-        state.take(torch.tensor([0]), [0], torch.tensor([token]))
+        state.take(torch.tensor([0]), torch.tensor([token]))
         seq.ids.append(token)
         if step == 6:
             state.begin(slot_options(seq))  # the slot is taken anew, with all of its history

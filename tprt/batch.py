@@ -20,7 +20,7 @@ class ForwardBatch:
         block_tables: int64 [B, N], the KV blocks of each sequence, unused entries 0.
         slots: int64 [B], the row of each sequence in per-sequence state.
         query_lens: tokens of each sequence in this pass (host side, B entries).
-        logits_rows: int64 [R], the flat rows whose logits are wanted.
+        logits_rows: int64 [R], the flat rows whose logits are wanted; None for all, in order.
         attention: how these tokens attend over a paged cache, planned once for all layers; see
             ``kernels.AttentionPlan``.
     """
@@ -31,5 +31,5 @@ class ForwardBatch:
     block_tables: torch.Tensor
     slots: torch.Tensor
     query_lens: tuple[int, ...]
-    logits_rows: torch.Tensor
+    logits_rows: torch.Tensor | None
     attention: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]

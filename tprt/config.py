@@ -27,6 +27,7 @@ _QK_MODES: dict[object, QKLayerNorm] = {
 MAX_COUNTS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
 MAX_COUNT = 2**31 - 1  # of any other size
 DTYPES = ("bfloat16", "float32", "float16")
+KERNELS = ("auto", "reference", "triton")
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
 
@@ -269,6 +270,9 @@ class EngineConfig:
         enable_prefix_caching: share KV blocks between requests that begin alike.
         look_ahead: steps that are planned before the last one's tokens are read: 1, or 0 to wait.
         record_path: file that gets every step record, for replay; None writes none.
+        kernels: "auto" (Triton on a GPU, torch's own on a CPU), "reference" (plain torch) or "triton".
+        enforce_eager: launch decode steps operation by operation, without CUDA graphs.
+        step_timeout: seconds a GPU may take for one step before the ranks are given up.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
         seed: feeds the draws of requests that bring no seed of their own.
     """
@@ -283,6 +287,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     look_ahead: int = 1
     record_path: str | None = None
+    kernels: str = "auto"
+    enforce_eager: bool = False
+    step_timeout: float = 60.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -300,9 +307,14 @@ class EngineConfig:
                 )
         if self.look_ahead not in (0, 1) or isinstance(self.look_ahead, bool):
             raise ConfigError(f"look_ahead is {self.look_ahead!r}", hint="0 or 1")
-        if not isinstance(self.enable_prefix_caching, bool):
+        for name in ("enable_prefix_caching", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}", hint="true or false")
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels is {self.kernels!r}", hint=f"one of {', '.join(KERNELS)}")
+        if not isinstance(self.step_timeout, int | float) or not 0 < self.step_timeout < 1e9:
             raise ConfigError(
-                f"enable_prefix_caching is {self.enable_prefix_caching!r}", hint="true or false"
+                f"step_timeout is {self.step_timeout!r}, allowed are above 0 seconds", hint="60"
             )
         if self.record_path is not None and not isinstance(self.record_path, str):
             raise ConfigError(f"record_path is {self.record_path!r}", hint="a file name")

@@ -12,12 +12,13 @@ import torch
 
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.sharding import shard_spec
-from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.tp_group import CPU, TPGroup
 from tprt.engine.llm_engine import LLMEngine
-from tprt.engine.model_runner import ModelRunner
 from tprt.engine.sequence import Request, Sequence
 from tprt.errors import ConfigError
-from tprt.llm.startup import agree_on_blocks
+from tprt.kernels import use_kernels
+from tprt.llm.build import build_runner
+from tprt.llm.memory import check_memory
 from tprt.models.persimmon import PersimmonForCausalLM
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer
@@ -31,6 +32,26 @@ PERSIMMON_100M = PersimmonConfig(
     head_dim=64,
     max_position_embeddings=2048,
 )
+PERSIMMON_8B = PersimmonConfig(
+    vocab_size=262144,
+    hidden_size=4096,
+    intermediate_size=16384,
+    num_hidden_layers=36,
+    num_attention_heads=64,
+    head_dim=64,
+    max_position_embeddings=16384,
+)
+# Every code path of the others, in milliseconds, also in Triton's interpreter.
+TOY = PersimmonConfig(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=16,
+    max_position_embeddings=160,
+)
+CONFIGS = {"persimmon-8b": PERSIMMON_8B, "persimmon-100m": PERSIMMON_100M, "toy": TOY}
 
 
 class NumberTokenizer:
@@ -53,43 +74,52 @@ class NumberTokenizer:
         return "".join(map(self.id_to_piece, ids))
 
 
-def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """The whole float32 tensor of a parameter: normal, 0.02 wide, around 1 for weights of norms."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-    values = torch.randn(shape, generator=generator) * 0.02
-    return values + 1 if name.endswith("layernorm.weight") else values
+def random_tensor(
+    name: str, shape: tuple[int, ...], seed: int, device: torch.device = CPU
+) -> torch.Tensor:
+    """The whole float32 tensor of a parameter: normal, 0.02 wide, around 1 for weights of norms.
+
+    The values follow from name, seed and kind of device, whatever is drawn before.
+    """
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
+    values = torch.randn(shape, generator=generator, device=device).mul_(0.02)
+    return values.add_(1) if name.endswith("layernorm.weight") else values
 
 
 def random_model(
     config: PersimmonConfig, tp: TPGroup, dtype: torch.dtype, seed: int
 ) -> PersimmonForCausalLM:
-    """This rank's part of a model of ``random_tensor``s; the same whole model at any TP size."""
+    """This rank's part of a model of ``random_tensor``s; the same whole model at any TP size.
+
+    Values are drawn where the model lives: a GPU fills 18.8 GB faster than a host could copy them.
+    """
     model = PersimmonForCausalLM(config, tp, dtype).eval()
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
-        whole = random_tensor(name, spec.canonical_shape, seed)
+        whole = random_tensor(name, spec.canonical_shape, seed, tp.device)
         with torch.no_grad():
             spec.load(parameter, whole.__getitem__)
+        del whole
     model.finish_loading()
+    if tp.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the allocator keeps counts as taken
     return model
+
+
+def random_engine(config: PersimmonConfig, tp: TPGroup, settings: EngineConfig) -> LLMEngine:
+    """An engine around a ``random_model``, with the kernels that ``settings`` name. Collective."""
+    with use_kernels(settings.kernels):
+        model = random_model(config, tp, getattr(torch, settings.dtype), settings.seed)
+        return make_engine(model, settings)
 
 
 def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
     """An engine around ``model``, with the KV cache that ``LLM`` would give it."""
-    dtype: torch.dtype = getattr(torch, config.dtype)
     longest = config.resolve_max_model_len(model.config.max_position_embeddings)
-    block_bytes = config.block_size * sum(s.bytes_per_token(dtype) for s in model.cache_spec())
-    num_blocks = agree_on_blocks(model.tp, config, block_bytes, longest)
-    runner = ModelRunner(
-        model,
-        model.tp,
-        dtype,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=longest,
-        num_valid=model.config.vocab_size,
-    )
+    loaded = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    plan = check_memory(model.tp, model.config, config, loaded)
+    valid = model.config.vocab_size
+    runner, num_blocks = build_runner(model, model.tp, config, plan, longest, valid)
     tokenizer = cast(Tokenizer, NumberTokenizer())
     return LLMEngine(runner, tokenizer, config, num_blocks, model.tp)
 

@@ -43,11 +43,12 @@ def run(args: argparse.Namespace) -> int:
         )
     result = make_plan(settings, read_config(settings.model.path), args.memory)
     print(json.dumps(result, indent=1) if args.json else _table(result))
-    if result["tokens_that_fit"] is not None and result["tokens_that_fit"] < 1:
+    if result["fits_with"] is not None:
+        first = result["per_rank"][0]
         raise OutOfMemoryPlan(
-            f"{_size(result['per_rank'][0]['weights'])} of weights per rank leave no room for a block "
-            f"of {result['block_size']} tokens in {args.memory:g} GiB",
-            hint="more ranks (--tp)",
+            f"{_size(first['weights'])} of weights per rank, what steps take and the KV cache do not "
+            f"fit into {args.memory:g} GiB",
+            hint=result["fits_with"],
         )
     return 0
 
@@ -71,35 +72,40 @@ def make_plan(
     import torch
 
     from tprt.engine.memory_plan import plan_ranks, whole_parameters
-    from tprt.llm.startup import kv_blocks
+    from tprt.llm.memory import kv_blocks, largest_that_fits, plan_memory
 
     engine = settings.engine_config()
     tp_size = settings.parallel.tensor or 1
+    kind = "cpu" if settings.model.device == "cpu" else "cuda"
     length = engine.resolve_max_model_len(config.max_position_embeddings)
     ranks = plan_ranks(config, tp_size, getattr(torch, engine.dtype), length)
-    most = max(ranks, key=lambda r: r.weights)
-    block = most.kv_per_token * engine.block_size
-    fit, memory = None, engine.kv_cache_memory
+    plan = plan_memory(config, engine, tp_size, kind)
+    fit, memory, advice = None, engine.kv_cache_memory, None
     if memory_gib is not None:
-        share = int(memory_gib * GIB * engine.gpu_memory_utilization)
-        room = max(0, share - most.weights - most.tables)
-        fit = max(0, room // block - 1) * engine.block_size  # one block is for padding
-        memory = memory or room
-    blocks = kv_blocks([memory // block], engine, length) if memory else 0
+        room = int(memory_gib * GIB * engine.gpu_memory_utilization) - plan.runtime.context
+        left = max(0, room - plan.fixed)
+        fit = max(0, left // plan.block - 1) * engine.block_size  # one block is for padding
+        memory = memory or left
+        if plan.needed(engine) > room:
+            advice = largest_that_fits(config, engine, tp_size, kind, room)
+    blocks = kv_blocks([memory // plan.block], engine, length) if memory else 0
+    runtime = asdict(plan.runtime)
     return {
         "model": settings.model.path,
         "parameters": whole_parameters(config),
         "dtype": engine.dtype,
+        "device": kind,
         "tp": tp_size,
         "tp_sizes": config.tp_sizes(),
         "max_model_len": length,
         "block_size": engine.block_size,
-        "per_rank": [asdict(rank) for rank in ranks],
+        "per_rank": [asdict(rank) | runtime for rank in ranks],
         "kv_bytes_per_token": sum(rank.kv_per_token for rank in ranks),
-        "kv_bytes_per_block_per_rank": block,
-        "kv_bytes_per_full_sequence_per_rank": -(-length // engine.block_size) * block,
-        "kv_cache_bytes_per_rank": blocks * block if blocks else None,
+        "kv_bytes_per_block_per_rank": plan.block,
+        "kv_bytes_per_full_sequence_per_rank": -(-length // engine.block_size) * plan.block,
+        "kv_cache_bytes_per_rank": blocks * plan.block if blocks else None,
         "tokens_that_fit": fit,
+        "fits_with": advice,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
     }
 
@@ -116,6 +122,12 @@ def _table(result: dict[str, Any]) -> str:
     for rank in result["per_rank"]:
         shown = [_size(rank[name]) for name in ("weights", "tables", "read", "kv_per_token")]
         lines.append("{:>4} {:>12} {:>12} {:>12} {:>14} {:>30}".format(rank["rank"], *shown, full))
+    names = ("state", "workspace", "graphs", "libraries", "context")
+    first = result["per_rank"][0]
+    lines.append(
+        f"beside these on each rank ({result['device']}): "
+        + ", ".join(f"{name} {_size(first[name])}" for name in names if first[name])
+    )
     if result["tokens_that_fit"] is not None:
         share = result["gpu_memory_utilization"]
         lines.append(

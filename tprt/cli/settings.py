@@ -122,6 +122,9 @@ class EngineSettings(_Section):
     enable_prefix_caching: bool = _DEFAULTS.enable_prefix_caching
     look_ahead: Annotated[int, Field(ge=0, le=1)] = _DEFAULTS.look_ahead
     record_path: ExpandedPath | None = _DEFAULTS.record_path
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    enforce_eager: bool = _DEFAULTS.enforce_eager
+    step_timeout: Annotated[float, Field(gt=0, lt=1e9)] = _DEFAULTS.step_timeout
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] = _DEFAULTS.seed
 
 

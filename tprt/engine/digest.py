@@ -14,8 +14,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
-def digest(checksum: int, parts: list[torch.Tensor]) -> torch.Tensor:
-    """int64 [1 + len(parts)]: ``checksum`` and a hash of each int64 tensor, order included."""
+def digest(checksum: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    """int64 [1 + len(parts)]: ``checksum`` [1] and a hash of each int64 tensor, order included."""
     flat = [part.flatten() for part in parts]
     words = torch.cat(flat)
     # The index starts anew in each part, so that a part's digest does not depend on the others.
@@ -24,7 +24,7 @@ def digest(checksum: int, parts: list[torch.Tensor]) -> torch.Tensor:
     words = (words ^ (words >> 32)) * _MIX_2
     words = words ^ (words >> 29)
     sums = [part.sum() for part in torch.split(words, [len(f) for f in flat])]
-    return torch.stack([sums[0].new_tensor(checksum), *sums])
+    return torch.cat([checksum, torch.stack(sums)])
 
 
 def check_digests(step: int, digests: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from tprt.engine.record_builder import build_record
 from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
-from tprt.errors import RankMismatch, TprtError
+from tprt.errors import RankMismatch, StepTimeout, TprtError
 from tprt.kernels.noise import NON_FINITE
 from tprt.tokenizer import Detokenizer, Tokenizer
 
@@ -141,13 +141,13 @@ class LLMEngine:
     def _retire(self) -> list[Sequence]:
         plan, result = self._in_flight.popleft()
         tokens = self._check(result)
-        self._keep_logprobs(plan, result)
+        self._keep_logprobs(plan, result, tokens)
         return self.scheduler.retire(plan, tokens, self._take)
 
     def _check(self, result: StepResult) -> list[int]:
         try:
             return result.check()
-        except RankMismatch:
+        except (RankMismatch, StepTimeout):
             self.broken = True
             raise
 
@@ -157,7 +157,7 @@ class LLMEngine:
             return True
         return seq.append(token, self.tokenizer.eod_id)
 
-    def _keep_logprobs(self, plan: StepPlan, result: StepResult) -> None:
+    def _keep_logprobs(self, plan: StepPlan, result: StepResult, tokens: list[int]) -> None:
         logits = iter(result.logits)
         scored = (found.to_lists() for found in result.prompt_logprobs)
         found = result.logprobs.to_lists() if result.logprobs is not None else None
@@ -167,7 +167,7 @@ class LLMEngine:
             if row.draws:
                 if params.logprobs is not None and not seq.finished:
                     assert found is not None
-                    token = int(result.tokens[drawn])
+                    token = tokens[drawn]
                     if token != NON_FINITE:
                         entry = self._entry(token, found, drawn, params.logprobs)
                         seq.logprobs.append(entry)
@@ -248,11 +248,18 @@ class LLMEngine:
         self.control.send(StepRecord(step=self._next_number(), kind=Kind.RETURN, text=text))
 
     def close(self) -> None:
-        """Rank 0 ends its heartbeats and lets the others leave ``follow``, where all are in it.
+        """Rank 0 lets the others leave ``follow``, where all are in it; every rank destroys its graphs.
 
         Raises:
             PeerLost: they could not be told, and no call has said so yet.
         """
+        try:
+            if self.tp.rank == 0:
+                self._dismiss()
+        finally:
+            self.runner.close()
+
+    def _dismiss(self) -> None:
         self.control.end_heartbeats()
         # After a mismatch they have left ``follow``: nobody would receive anything.
         if not self.broken and not self.control.lost and self.control.followed():

@@ -1,14 +1,27 @@
-"""What a model takes on each rank, computed from shapes alone: no file is read, no GPU is needed."""
+"""What a model takes on each rank, computed from shapes alone: no file is read, no GPU is needed.
+
+Legend: T tokens of the largest step, R rows of the largest step, V vocabulary with its padding, S slots.
+"""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
 
-from tprt.config import PersimmonConfig
-from tprt.distributed.sharding import shard_spec
+from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.sharding import padded_part, shard_spec
 from tprt.distributed.tp_group import TPGroup
+from tprt.engine.logprobs import MAX_LOGITS
+from tprt.engine.sampler import FULL_ROWS
+from tprt.engine.step_record import MAX_BANS, MAX_BUCKET, bucket_of
 from tprt.models import get_model_class
+
+# Estimates: these are the parts of a plan that no shape gives. The driver's context; the modules of
+# torch's and our kernels with what cuBLAS works in; the channels and buffers of a NCCL communicator.
+CONTEXT, MODULES, COMMUNICATOR = 512 * 2**20, 256 * 2**20, 256 * 2**20
+# Bytes per logit while FULL_ROWS rows are penalised, sorted, truncated and drawn.
+SORTED_LOGIT = 72
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,86 @@ class RankPlan:
     kv_per_token: int
 
 
+@dataclass(frozen=True)
+class RuntimePlan:
+    """Bytes of one rank beside weights, tables and KV cache.
+
+    Args:
+        state: what slots keep between steps, and the static buffers of decode steps.
+        workspace: tensors of the largest step that runs without a graph, logits included.
+        graphs: memory pool of all graphs; 0 where there are none.
+        libraries: kernels' modules, cuBLAS, NCCL; 0 on a CPU.
+        context: what the driver takes before all else; 0 on a CPU.
+    """
+
+    state: int
+    workspace: int
+    graphs: int
+    libraries: int
+    context: int
+
+    @property
+    def added(self) -> int:
+        """All but the context, which is there before anything can be measured."""
+        return self.state + self.workspace + self.graphs + self.libraries
+
+
+def plan_runtime(
+    config: PersimmonConfig, tp_size: int, engine: EngineConfig, device_type: str = "cuda"
+) -> RuntimePlan:
+    """What steps of ``engine`` take on each of ``tp_size`` ranks; the same on all of them."""
+    itemsize = getattr(torch, engine.dtype).itemsize
+    length = engine.resolve_max_model_len(config.max_position_embeddings)
+    part = padded_part(config.vocab_size, tp_size)
+    vocab, slots = part * tp_size, engine.max_num_seqs + 1
+    graphs = device_type == "cuda" and not engine.enforce_eager
+    bucket = bucket_of(min(engine.max_num_seqs, MAX_BUCKET))
+
+    blocks = -(-length // engine.block_size)
+    state = 8 * slots * (blocks + 8)  # block tables, and some numbers for each slot
+    if graphs:
+        state += 9 * slots * vocab  # counts, ids seen, bias
+        state += 4 * bucket * part + 8 * (4 * bucket + 2 * MAX_BANS)
+    tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
+    # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
+    scores = 24 * min(MAX_LOGITS, tokens * part)
+    workspace = _activations(config, tp_size, tokens, length) * itemsize
+    workspace += max(_sampling(rows, part, tp_size), scores)
+    pool = 0
+    if graphs:
+        pool = _activations(config, tp_size, bucket, 0) * itemsize
+        pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
+    if device_type != "cuda":
+        return RuntimePlan(state, workspace, pool, 0, 0)
+    libraries = MODULES + (COMMUNICATOR if tp_size > 1 else 0)
+    return RuntimePlan(state, workspace, pool, libraries, CONTEXT)
+
+
+def _activations(config: PersimmonConfig, tp_size: int, tokens: int, length: int) -> int:
+    """Elements alive at the peak of a layer; with ``length`` one sequence's keys and values gathered."""
+    hidden, ffn = config.hidden_size, config.intermediate_size // tp_size
+    heads = config.num_attention_heads * config.head_dim // tp_size
+    # Residual stream and its norm, before and after; q, k, v, rotated queries, context.
+    attention = 5 * hidden + 5 * heads
+    # The same four; what goes up before and after the square; or that, the sum and its norm.
+    mlp = 4 * hidden + max(2 * ffn, ffn + 3 * hidden)
+    gathered = 2 * length * heads
+    return max(tokens * attention + gathered, tokens * mlp)
+
+
+def _sampling(rows: int, part: int, tp_size: int) -> int:
+    """Bytes of logits and of their full sampling, rows of which are sorted FULL_ROWS at a time."""
+    vocab = part * tp_size
+    local = 4 * rows * part  # and, where ranks send them, the gathered rows and those side by side
+    whole = 4 * rows * vocab * (3 if tp_size > 1 else 1)
+    return local + whole + SORTED_LOGIT * min(rows, FULL_ROWS) * vocab
+
+
 def plan_ranks(
     config: PersimmonConfig, tp_size: int, dtype: torch.dtype, max_model_len: int | None = None
 ) -> list[RankPlan]:
     """One ``RankPlan`` per rank. Raises ConfigError when ``tp_size`` does not divide the model."""
-    return [_plan(config, rank, tp_size, dtype, max_model_len) for rank in range(tp_size)]
+    return [plan_rank(config, rank, tp_size, dtype, max_model_len) for rank in range(tp_size)]
 
 
 def whole_parameters(config: PersimmonConfig) -> int:
@@ -44,9 +132,11 @@ def whole_parameters(config: PersimmonConfig) -> int:
     return sum(prod(shard_spec(p).canonical_shape) for p in model.parameters())
 
 
-def _plan(
+@lru_cache(maxsize=64)
+def plan_rank(
     config: PersimmonConfig, rank: int, size: int, dtype: torch.dtype, max_len: int | None
 ) -> RankPlan:
+    """Rank ``rank`` of ``size``; ``max_len`` positions in the rotary table, None for the model's own."""
     tp = TPGroup(rank, size, torch.device("meta"))
     model = get_model_class(config.model_type)(config, tp, dtype, "fp32", max_len)
     parameters = sum(p.numel() for p in model.parameters())

@@ -1,9 +1,14 @@
 """Carries out step records on one rank: resolves them against its own state, runs the model, draws.
 
-Rank 0 and the others do exactly the same here. Owns the KV cache and the slots' state. Knows records
-and tensors: not how sequences are chosen, no text, no files.
+Rank 0 and the others do exactly the same here. A step in which every row has one token goes through
+``GraphRunner``; steps with chunks of prompts, or with logits of prompts to return, are launched one
+operation after the other. Both leave the drawn tokens on the device, where the next step finds them.
+Owns the KV cache and the slots' state. Knows records and tensors: not how sequences are chosen, no text,
+no files.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,31 +19,47 @@ from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
 from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.digest import check_digests, digest
+from tprt.engine.digest import FIELDS, check_digests, digest
+from tprt.engine.graph_runner import DecodeBuffers, GraphRunner
 from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
 from tprt.engine.sampler import DrawRows, Sampler
 from tprt.engine.slot_state import SlotState
-from tprt.engine.step_record import ALL_LOGITS, DRAW, PROMPT_LOGPROBS, SlotOptions, StepRecord
+from tprt.engine.step_record import (
+    ALL_LOGITS,
+    DRAW,
+    MAX_BUCKET,
+    PROMPT_LOGPROBS,
+    Ints,
+    Kind,
+    SlotOptions,
+    StepRecord,
+    bucket_of,
+)
+from tprt.engine.transfer import Download, download, upload
 from tprt.kernels import kernels_for
 from tprt.models.persimmon import PersimmonForCausalLM
 
 
 @dataclass
 class StepResult:
-    """What a step gave; its tensors may still be under way until ``check`` has returned.
+    """What a step gave; its tensors are under way until ``check`` has returned.
 
     Args:
         step: number of the record.
-        tokens: int64 [rows that draw].
-        digests: int64 [ranks, fields of ``digest``].
+        rows: how many drew a token.
+        words: int64, ``tokens`` first, then digests [ranks, fields of ``digest``].
+        num_digests: words of the digests, at the end.
+        timeout: seconds to wait for the device.
         logprobs: of the drawn tokens; None where no row wants any.
         prompt_logprobs: of each PROMPT_LOGPROBS row, in the order of the record.
         logits: float32 [tokens, vocab_size] on the host of each ALL_LOGITS row, in that order.
     """
 
     step: int
-    tokens: torch.Tensor
-    digests: torch.Tensor
+    rows: int
+    words: Download
+    num_digests: int
+    timeout: float
     logprobs: Logprobs | None = None
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -47,10 +68,14 @@ class StepResult:
         """The tokens, once every rank is known to have computed the same step.
 
         Raises:
+            StepTimeout: the device has not finished the step in time.
             RankMismatch: the digests differ.
         """
-        check_digests(self.step, self.digests)
-        return self.tokens.tolist()
+        self.words.wait(self.step, self.timeout)
+        (words,) = self.words.tensors
+        if self.num_digests:
+            check_digests(self.step, words[-self.num_digests :].view(-1, len(FIELDS)))
+        return words[: self.rows].tolist()
 
 
 class ModelRunner:
@@ -59,6 +84,8 @@ class ModelRunner:
     max_num_seqs: slots.
     max_model_len: longest sequence.
     num_valid: ids from here on are padding of the vocabulary.
+    enforce_eager: run decode steps without buckets, buffers and graphs.
+    step_timeout: seconds a GPU may take for a step.
     """
 
     def __init__(
@@ -72,29 +99,175 @@ class ModelRunner:
         max_num_seqs: int,
         max_model_len: int,
         num_valid: int,
+        enforce_eager: bool = False,
+        step_timeout: float = 60.0,
     ) -> None:
         self.model, self.tp, self.block_size = model, tp, block_size
+        self.step_timeout, device = step_timeout, tp.device
         specs = model.cache_spec()
-        self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, tp.device)
         (spec,) = set(specs)  # one kind of attention layer
-        kernels = kernels_for(tp.device)
+        # A stream of our own: what is captured must not run on the default one, and nothing waits for
+        # the caller's work. What was allocated so far was queued on the caller's.
+        self.stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        kernels = kernels_for(device)
         self.attention = kernels.attention(block_size, spec.num_heads, spec.head_dim, dtype)
-        self.no_digest = torch.empty(0, dtype=torch.int64, device=tp.device)
         self.vocab_size = model.config.vocab_size
         part = padded_part(self.vocab_size, tp.size)
         self.sampler = Sampler(tp, part, num_valid)
         self.max_model_len, longest = max_model_len, -(-max_model_len // block_size)
-        self.state = SlotState(max_num_seqs, longest, part * tp.size, tp.device)
+        self.num_digests = tp.size * len(FIELDS) if tp.size > 1 else 0
+        with self._on_device():
+            self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, device)
+            # One slot more than sequences: padding rows write there.
+            self.state = SlotState(max_num_seqs + 1, longest, part * tp.size, device)
+            self.no_digest = torch.empty(0, dtype=torch.int64, device=device)
+            most = min(max_num_seqs, MAX_BUCKET)
+            self.buffers = DecodeBuffers(bucket_of(most), self.num_digests, max_num_seqs, device)
+        self.graphs: GraphRunner | None = None
+        if not enforce_eager:
+            self.graphs = GraphRunner(self._decode, most, device, self.stream)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Work on this rank's GPU and stream; the caller's current ones are back afterwards."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            yield
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture every graph, after which no step allocates or compiles. Collective."""
+        if self.graphs is None:
+            return
+        with self._on_device():
+            if self.stream is not None:
+                self.state.make_tables()
+            self.graphs.capture()
+
+    @torch.inference_mode()
+    def warm_up(self, max_num_batched_tokens: int) -> None:
+        """Run the largest steps there can be, on padding alone. Collective; nothing on a CPU.
+
+        Afterwards kernels are compiled and libraries set up, and what such steps need has been
+        allocated once, so that memory which does not suffice shows at start.
+        """
+        if self.stream is None:
+            return
+        scratch = self.buffers.scratch_slot  # which is also how many others there are
+        longest = min(max_num_batched_tokens, self.max_model_len)
+        rows = min(scratch, max_num_batched_tokens)
+        for counts in ([longest], [1] * rows):
+            for full in (False, True):
+                table = np.array([(scratch, 0, count, DRAW) for count in counts])
+                tokens = np.zeros(sum(counts), dtype=np.int64)
+                record = StepRecord(step=0, kind=Kind.STEP, rows=table, tokens=tokens, full=full)
+                with self._on_device():
+                    self._launch(record, 0)
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Destroy the graphs. Afterwards the communicators may go."""
+        if self.stream is not None:
+            self.stream.synchronize()
+        if self.graphs is not None:
+            self.graphs.close()
 
     @torch.inference_mode()
     def execute(self, record: StepRecord, checksum: int) -> StepResult:
-        """Run one STEP record. ``checksum`` is the CRC this rank found in it."""
-        self._apply(record)
+        """Queue one STEP record. ``checksum`` is the CRC this rank found in it."""
+        with self._on_device():
+            self._apply(record)
+            if self.graphs is not None and self.graphs.serves(record):
+                return self._replay(self.graphs, record, checksum)
+            return self._launch(record, checksum)
+
+    def _apply(self, record: StepRecord) -> None:
+        for cache in self.caches if len(record.clears) else ():
+            cache.kv[upload(record.clears, self.tp.device)] = 0
+        for source, target in record.copies.tolist():
+            for cache in self.caches:
+                cache.kv[target] = cache.kv[source]
+        for options in SlotOptions.decode_all(record.options):
+            self.state.begin(options)
+        if len(record.blocks):
+            slots, index, blocks = upload(record.blocks.T, self.tp.device)
+            self.state.block_tables[slots, index] = blocks
+
+    # ------------------------------------------------------------ decode steps, in buckets
+
+    def _replay(self, graphs: GraphRunner, record: StepRecord, checksum: int) -> StepResult:
+        count = len(record.rows)
+        # The full kind keeps its logits, which log-probabilities are taken from.
+        bucket, full = bucket_of(count), record.full or record.logprobs >= 0
+        self.buffers.load(record, checksum, bucket, full)
+        graphs.run(bucket, full)
+        result = self._result(record.step, count, self.buffers.results)
+        if record.logprobs >= 0:
+            assert self.buffers.logits is not None
+            logits, tokens = self.buffers.logits[:count], self.buffers.tokens[:count]
+            result.logprobs = token_logprobs(
+                logits, tokens, record.logprobs, self.sampler.first, self.tp
+            )
+        return result
+
+    def _decode(self, bucket: int, full: bool) -> None:
+        """One token for each row of the bucket: from ``buffers`` into ``buffers``, caches and state.
+
+        On a GPU this runs at start alone, inside captures: it must not look at any value.
+        """
+        buffers, state, size = self.buffers, self.state, self.block_size
+        slots, positions, tokens = buffers.rows(bucket).unbind(0)
+        input_ids = torch.where(tokens < 0, state.last_tokens[slots].clamp(min=0), tokens)
+        tables = state.block_tables[slots]
+        blocks = tables.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
+        keys = blocks * (2 * size) + positions % size
+        mine = self.no_digest
+        if self.tp.size > 1:
+            mine = digest(buffers.checksum, [input_ids, positions, tables])
+        batch = ForwardBatch(
+            input_ids=input_ids,
+            positions=positions,
+            slot_mapping=torch.stack([keys, keys + size]),
+            block_tables=tables,
+            slots=slots,
+            query_lens=(1,) * bucket,
+            logits_rows=None,
+            attention=self.attention.plan_decode(tables, positions + 1),
+        )
+        hidden = self.model(batch, self.caches)
+        rows = DrawRows(
+            slots=slots,
+            positions=positions + 1,
+            bans=buffers.bans(bucket),
+            # What a graph computes must not depend on who is in it.
+            all_greedy=self.stream is None and state.sampled.isdisjoint(slots.tolist()),
+        )
+        if full:
+            logits = self.sampler.mask_padding(self.model.compute_logits(hidden))
+            buffers.keep_logits(logits)
+            drawn, digests = self.sampler.full(logits, rows, state, mine)
+        else:
+            noise = self.sampler.noise(rows, state)
+            best, ids = self.model.argmax(hidden, noise, self.sampler.num_valid)
+            drawn, digests = self.sampler.plain(best, ids, mine)
+        state.take(slots, drawn)
+        buffers.tokens[:bucket].copy_(drawn)
+        buffers.digests.copy_(digests.flatten())
+
+    # ------------------------------------------------------------ any other step
+
+    def _launch(self, record: StepRecord, checksum: int) -> StepResult:
         batch, draws = self._prepare(record)
         mine = self.no_digest
         if self.tp.size > 1:
             tables = self.state.block_tables[batch.slots]
-            mine = digest(checksum, [batch.input_ids, batch.positions, tables])
+            crc = upload(np.array([checksum]), self.tp.device)
+            mine = digest(crc, [batch.input_ids, batch.positions, tables])
         hidden = self.model(batch, self.caches)
         count = len(draws.slots)
         result = self._draw(record, hidden[:count], draws, mine)
@@ -102,44 +275,43 @@ class ModelRunner:
             self._score(record, hidden[count:], result)
         return result
 
-    def _apply(self, record: StepRecord) -> None:
-        for cache in self.caches if len(record.clears) else ():
-            cache.kv[record.clears] = 0
-        for source, target in record.copies.tolist():
-            for cache in self.caches:
-                cache.kv[target] = cache.kv[source]
-        for options in SlotOptions.decode_all(record.options):
-            self.state.begin(options)
-        if len(record.blocks):
-            slots, index, blocks = self._tensor(record.blocks).unbind(1)
-            self.state.block_tables[slots, index] = blocks
+    def _result(self, step: int, rows: int, words: torch.Tensor) -> StepResult:
+        return StepResult(step, rows, download((words,)), self.num_digests, self.step_timeout)
 
-    def _tensor(self, words: np.ndarray) -> torch.Tensor:
-        # A copy: the words are a view of a record that may be read-only or reused.
-        return torch.tensor(words, dtype=torch.int64, device=self.tp.device)
+    def _upload(self, *arrays: Ints) -> list[torch.Tensor]:
+        """Several int64 arrays of one dimension, in one copy."""
+        flat = upload(np.concatenate(arrays), self.tp.device)
+        return list(torch.split(flat, [len(array) for array in arrays]))
 
     def _prepare(self, record: StepRecord) -> tuple[ForwardBatch, DrawRows]:
         """Resolve ids, positions and places; every value is derived from the record and the state."""
         slots, starts, counts, flags = record.rows.T
-        ends, size = np.cumsum(counts), self.block_size
-        positions = np.arange(len(record.tokens)) + np.repeat(starts - (ends - counts), counts)
-        token_slots = np.repeat(slots, counts)
-        host = np.stack(
-            [positions, token_slots, positions // size, positions % size, record.tokens]
-        )
-        flat_positions, flat_slots, index, offset, tokens = self._tensor(host)
-        slot_index = self._tensor(slots)
-        input_ids = tokens
-        if (record.tokens < 0).any():
-            # A token that is still on the device: what its slot drew last. A broken row drew none.
-            drawn = self.state.last_tokens[flat_slots].clamp(min=0)
-            input_ids = torch.where(tokens < 0, drawn, tokens)
-        keys = torch.add(offset, self.state.block_tables[flat_slots, index], alpha=2 * size)
+        ends, size, total = np.cumsum(counts), self.block_size, len(record.tokens)
+        positions = np.arange(total) + np.repeat(starts - (ends - counts), counts)
         drawing, scored = (flags & DRAW) != 0, (flags & ~DRAW) != 0
         wanted = ends[drawing] - 1
         if scored.any():
             spans = zip(ends[scored], counts[scored], strict=True)
             wanted = np.concatenate([wanted, *(np.arange(e - c, e) for e, c in spans)])
+        tokens, flat_positions, flat_slots, slot_index, rows, draw_slots, draw_at, bans = (
+            self._upload(
+                record.tokens,
+                positions,
+                np.repeat(slots, counts),
+                slots,
+                wanted,
+                slots[drawing],
+                (starts + counts)[drawing],
+                record.bans.ravel(),
+            )
+        )
+        input_ids = tokens
+        if (record.tokens < 0).any():
+            # A token that is still on the device: what its slot drew last. A broken row drew none.
+            drawn = self.state.last_tokens[flat_slots].clamp(min=0)
+            input_ids = torch.where(tokens < 0, drawn, tokens)
+        blocks = self.state.block_tables[flat_slots, flat_positions // size]
+        keys = blocks * (2 * size) + flat_positions % size
         longest = -(-int((starts + counts).max()) // size)
         tables = self.state.block_tables[slot_index, :longest]
         query_lens, context_lens = tuple(counts.tolist()), tuple(starts.tolist())
@@ -150,14 +322,14 @@ class ModelRunner:
             block_tables=tables,
             slots=slot_index,
             query_lens=query_lens,
-            logits_rows=self._tensor(wanted),
+            # In order: every token is wanted.
+            logits_rows=rows if len(wanted) < total or scored.any() else None,
             attention=self.attention.plan(tables, query_lens, context_lens),
         )
         draws = DrawRows(
-            slots=slots[drawing].tolist(),
-            slot_index=slot_index if drawing.all() else self._tensor(slots[drawing]),
-            positions=self._tensor((starts + counts)[drawing]),
-            bans=self._tensor(record.bans),
+            slots=draw_slots,
+            positions=draw_at,
+            bans=bans.view(-1, 2),
             all_greedy=self.state.sampled.isdisjoint(slots[drawing].tolist()),
         )
         return batch, draws
@@ -165,9 +337,8 @@ class ModelRunner:
     def _draw(
         self, record: StepRecord, hidden: torch.Tensor, draws: DrawRows, mine: torch.Tensor
     ) -> StepResult:
-        if not draws.slots:
-            tokens = torch.empty(0, dtype=torch.int64, device=self.tp.device)
-            return StepResult(record.step, tokens, all_gather(mine, self.tp))
+        if not len(draws.slots):
+            return self._result(record.step, 0, all_gather(mine, self.tp).flatten())
         sampler, logits = self.sampler, None
         if record.full or record.logprobs >= 0:
             logits = sampler.mask_padding(self.model.compute_logits(hidden))
@@ -181,8 +352,9 @@ class ModelRunner:
             else:
                 best, ids = sampler.local_argmax(logits, draws, self.state)
             tokens, digests = sampler.plain(best, ids, mine)
-        self.state.take(draws.slot_index, draws.slots, tokens)
-        result = StepResult(record.step, tokens, digests)
+        self.state.take(draws.slots, tokens)
+        words = torch.cat([tokens, digests.flatten()])
+        result = self._result(record.step, len(tokens), words)
         if record.logprobs >= 0:
             assert logits is not None
             result.logprobs = token_logprobs(
@@ -199,17 +371,27 @@ class ModelRunner:
             row = hidden[at : at + count]
             at += count
             if flags & ALL_LOGITS:
-                local = self.model.compute_logits(row)
-                whole = all_gather(local, self.tp).transpose(0, 1).flatten(1)
-                result.logits.append(whole[:, : self.vocab_size].cpu())
+                result.logits.append(self._all_logits(row))
             if flags & PROMPT_LOGPROBS:
-                wanted = self._tensor(record.targets[target : target + count])
+                wanted = upload(record.targets[target : target + count], self.tp.device)
                 target += count
                 result.prompt_logprobs.append(self._score_row(row, wanted, record.prompt_logprobs))
 
-    def _score_row(self, hidden: torch.Tensor, targets: torch.Tensor, k: int) -> Logprobs:
-        rows = max(1, MAX_LOGITS // self.sampler.part)
+    def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [tokens, vocab_size] on the host."""
         parts = []
+        for chunk in torch.split(hidden, self._score_rows):
+            local = self.model.compute_logits(chunk)
+            whole = all_gather(local, self.tp).transpose(0, 1).flatten(1)
+            parts.append(whole[:, : self.vocab_size].cpu())
+        return torch.cat(parts)
+
+    @property
+    def _score_rows(self) -> int:
+        return max(1, MAX_LOGITS // self.sampler.part)
+
+    def _score_row(self, hidden: torch.Tensor, targets: torch.Tensor, k: int) -> Logprobs:
+        parts, rows = [], self._score_rows
         chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         for chunk, wanted in chunks:
             logits = self.sampler.mask_padding(self.model.compute_logits(chunk))

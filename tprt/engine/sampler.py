@@ -6,7 +6,7 @@ Both add the same noise, so a row draws the same token in either. All ranks deci
 gathered bits and so agree by construction. Digests travel in the same gather.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +17,7 @@ from tprt.kernels import Noise, kernels_for
 from tprt.kernels.noise import NON_FINITE
 
 _LOW_32 = 2**32 - 1
+FULL_ROWS = 16  # rows that are sorted at once
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class DrawRows:
     """The rows that draw in one step, in the order of the step.
 
     Args:
-        slots: of each row, on the host; ``slot_index`` is the same as int64 [R] on the device.
+        slots: int64 [R].
         positions: int64 [R], of the token being drawn.
-        bans: int64 [N, 2], pairs of row and id that are forbidden in this step alone.
+        bans: int64 [N, 2], pairs of row and id that are forbidden in this step alone; a row of -1 bans
+            nothing.
         all_greedy: no row is drawn with noise.
     """
 
-    slots: list[int]
-    slot_index: torch.Tensor
+    slots: torch.Tensor
     positions: torch.Tensor
     bans: torch.Tensor
     all_greedy: bool
@@ -55,7 +56,7 @@ class Sampler:
 
     def noise(self, rows: DrawRows, state: SlotState) -> Noise:
         """How ``rows`` draw, from what their slots hold."""
-        index = rows.slot_index
+        index = rows.slots
         return Noise(
             temperature=state.temperature[index],
             greedy=state.greedy[index],
@@ -103,17 +104,46 @@ class Sampler:
         rest = gathered[:, len(bits) :].reshape(self.tp.size, -1, self.part)
         whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
         finite = whole.max(dim=1).values.isfinite()
-        whole = whole if self.tp.size > 1 else whole.clone()  # a view of the argument
-        state.adjust(whole, rows.slots)
-        if len(rows.bans):
-            row, token = rows.bans.unbind(1)
-            whole[row, token] = NEG_INF
-        index, noise = rows.slot_index, self.noise(rows, state)
-        scaled = whole / noise.temperature.unsqueeze(1)
-        scaled = truncate(scaled, state.top_k[index], state.top_p[index], state.min_p[index])
-        noise = replace(noise, temperature=torch.ones_like(noise.temperature))
-        best, ids = self.kernels.argmax(scaled, noise, 0, self.num_valid)
+        whole = ban(whole, rows.bans)
+        noise = self.noise(rows, state)
+        # In parts: sorting and sampling take several times the memory of their logits.
+        starts = range(0, len(whole), FULL_ROWS)
+        drawn = [self._draw_whole(whole, rows, state, noise, i, i + FULL_ROWS) for i in starts]
+        best, ids = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
         return ids.masked_fill(~(finite & best.isfinite()), NON_FINITE), digests
+
+    def _draw_whole(
+        self,
+        logits: torch.Tensor,
+        rows: DrawRows,
+        state: SlotState,
+        noise: Noise,
+        start: int,
+        stop: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score and id of the rows from ``start`` on, of float32 [R, V]."""
+        slots = rows.slots[start:stop]
+        logits = state.adjust(logits[start:stop], slots)
+        logits = logits / noise.temperature[start:stop].unsqueeze(1)
+        logits = truncate(logits, state.top_k[slots], state.top_p[slots], state.min_p[slots])
+        part = Noise(
+            temperature=torch.ones_like(noise.temperature[start:stop]),  # it is in the logits
+            greedy=noise.greedy[start:stop],
+            keys=noise.keys[start:stop],
+            positions=noise.positions[start:stop],
+            all_greedy=noise.all_greedy,
+        )
+        return self.kernels.argmax(logits, part, 0, self.num_valid)
+
+
+def ban(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
+    """float32 [R, V] with -inf at int64 [N, 2] pairs of row and id; a row of -1 bans nothing."""
+    if len(bans) == 0:
+        return logits
+    row, token = bans.unbind(1)
+    index = row.clamp(min=0) * logits.shape[1] + token
+    limit = torch.where(row < 0, -NEG_INF, NEG_INF)
+    return logits.flatten().scatter_reduce(0, index, limit, "amin").view_as(logits)
 
 
 def pack(scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,11 @@ say, so it is the same on every rank. Knows tensors and options: no sequences, n
 Legend: S slots, N blocks of the longest sequence, V vocabulary with its padding.
 """
 
+import numpy as np
 import torch
 
 from tprt.engine.step_record import SlotOptions
+from tprt.engine.transfer import upload
 
 NEG_INF = float("-inf")
 
@@ -43,8 +45,24 @@ class SlotState:
         self.seen: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         self.sampled: set[int] = set()  # slots that are not greedy
-        self.penalized: set[int] = set()
-        self.biased: set[int] = set()
+        self._biased: set[int] = set()  # slots whose row of ``bias`` is not zero
+
+    def make_tables(self) -> None:
+        """Allocate what penalties and bias need, so that graphs find it at fixed addresses."""
+        self._make_counts()
+        self._make_bias()
+
+    def _make_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.counts is None or self.seen is None:
+            shape = (len(self.keys), self.vocab_size)
+            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        return self.counts, self.seen
+
+    def _make_bias(self) -> torch.Tensor:
+        if self.bias is None:
+            self.bias = torch.zeros(len(self.keys), self.vocab_size, device=self.device)
+        return self.bias
 
     def begin(self, options: SlotOptions) -> None:
         """A sequence takes ``options.slot``; nothing of the one before it remains."""
@@ -64,65 +82,54 @@ class SlotState:
         slot = options.slot
         values = options.repetition_penalty, options.presence_penalty, options.frequency_penalty
         self.repetition[slot], self.presence[slot], self.frequency[slot] = values
-        self.penalized.discard(slot)
         if values == (1.0, 0.0, 0.0):
-            return
-        self.penalized.add(slot)
-        if self.counts is None or self.seen is None:
-            shape = (len(self.keys), self.vocab_size)
-            self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        history = torch.tensor(options.history, dtype=torch.int64, device=self.device)
+            return  # they change nothing, whatever the tables hold
+        counts, seen = self._make_counts()
+        history = upload(np.array(options.history, dtype=np.int64), self.device)
         drawn = history[options.num_prompt_tokens :]
-        self.counts[slot] = torch.bincount(drawn, minlength=self.vocab_size).int()
-        self.seen[slot] = False
-        self.seen[slot, history] = True
+        counts[slot] = 0
+        counts[slot].index_add_(0, drawn, torch.ones_like(drawn, dtype=torch.int32))
+        seen[slot] = False
+        seen[slot].index_fill_(0, history, True)
 
     def _begin_bias(self, options: SlotOptions) -> None:
         slot = options.slot
-        self.biased.discard(slot)
+        if slot in self._biased:
+            self._make_bias()[slot] = 0.0
+            self._biased.remove(slot)
         if not options.bias and not options.allowed:
             return
-        self.biased.add(slot)
-        if self.bias is None:
-            self.bias = torch.zeros(len(self.keys), self.vocab_size, device=self.device)
-        self.bias[slot] = NEG_INF if options.allowed else 0.0
-        self.bias[slot, list(options.allowed)] = 0.0
+        self._biased.add(slot)
+        row = self._make_bias()[slot]
+        if options.allowed:
+            row.fill_(NEG_INF)
+            row.index_fill_(0, upload(np.array(options.allowed), self.device), 0.0)
         for token, value in options.bias:
-            self.bias[slot, token] += value
+            row[token] += value
 
-    def take(self, slots: torch.Tensor, host_slots: list[int], tokens: torch.Tensor) -> None:
-        """Remember the ids drawn for ``slots``; each slot occurs once. int64 [R] each."""
+    def take(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Remember the ids drawn for ``slots``, int64 [R] each.
+
+        A slot occurs once, the scratch slot of padding rows excepted: nobody reads what it keeps.
+        """
         self.last_tokens[slots] = tokens
-        if self.penalized.isdisjoint(host_slots):
-            return
-        assert self.counts is not None and self.seen is not None
-        rows = [i for i, slot in enumerate(host_slots) if slot in self.penalized]
-        slots, tokens = (
-            slots[rows],
-            tokens[rows].clamp(min=0),
-        )  # NON_FINITE ends its sequence anyway
-        self.counts[slots, tokens] += 1
-        self.seen[slots, tokens] = True
+        if self.counts is not None and self.seen is not None:
+            tokens = tokens.clamp(min=0)  # NON_FINITE ends its sequence anyway
+            self.counts[slots, tokens] += 1
+            self.seen[slots, tokens] = True
 
-    def adjust(self, logits: torch.Tensor, host_slots: list[int]) -> None:
-        """Penalties, then bias, on float32 [R, V], in place. Formulas as in vLLM.
+    def adjust(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Penalties, then bias, on float32 [R, V] of slots int64 [R]. Formulas as in vLLM.
 
         repetition: l / p where l > 0, else l * p, for ids of prompt and completion; then
-        l - frequency * count - presence * (count > 0) over the completion.
+        l - frequency * count - presence * (count > 0) over the completion. A slot without these
+        options has values that change nothing.
         """
-        rows = [i for i, slot in enumerate(host_slots) if slot in self.penalized]
-        if rows:
-            assert self.counts is not None and self.seen is not None
-            slots = [host_slots[i] for i in rows]
-            part, counts = logits[rows], self.counts[slots]
+        if self.counts is not None and self.seen is not None:
+            counts = self.counts[slots]
             repetition = self.repetition[slots].unsqueeze(1)
-            repeated = torch.where(part > 0, part / repetition, part * repetition)
-            part = torch.where(self.seen[slots], repeated, part)
-            part -= self.frequency[slots].unsqueeze(1) * counts
-            part -= self.presence[slots].unsqueeze(1) * (counts > 0)
-            logits[rows] = part
-        rows = [i for i, slot in enumerate(host_slots) if slot in self.biased]
-        if rows:
-            assert self.bias is not None
-            logits[rows] += self.bias[[host_slots[i] for i in rows]]
+            repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(self.seen[slots], repeated, logits)
+            logits = logits - self.frequency[slots].unsqueeze(1) * counts
+            logits = logits - self.presence[slots].unsqueeze(1) * (counts > 0)
+        return logits if self.bias is None else logits + self.bias[slots]

@@ -29,6 +29,21 @@ MAX_PAYLOAD_WORDS = 2**27
 DRAW, ALL_LOGITS, PROMPT_LOGPROBS = 1, 2, 4
 DEVICE_TOKEN = -1  # the token this slot drew last, which may not have reached the host yet
 
+# Limits of what a graph holds: rows, and bans of all rows together.
+MAX_BUCKET, MAX_BANS = 256, 1024
+
+
+def bucket_of(rows: int) -> int:
+    """Rows of the graph that runs a decode step of ``rows``; 0 where none does.
+
+    1, 2, 4, 8, then multiples of 8 up to 64 and of 32 up to MAX_BUCKET: little is padded, and few
+    graphs are captured at start.
+    """
+    if rows <= 8:
+        return 1 << (rows - 1).bit_length()
+    step = 8 if rows <= 64 else 32
+    return -(-rows // step) * step if rows <= MAX_BUCKET else 0
+
 
 class Kind(IntEnum):
     """What a record asks for."""
@@ -89,17 +104,17 @@ class StepRecord:
 
     @property
     def graph_key(self) -> int:
-        """0 for a step with more than plain decode rows, else its bucket and sampler.
+        """0 for a step that runs without a graph, else what names its graph.
 
-        A pure function of the record: bucket * 4 + full * 2 + wants logprobs. The bucket is the
-        number of rows rounded up to a power of two.
+        A pure function of the record: ``bucket_of`` its rows * 4 + full * 2 + wants logprobs. Only
+        steps in which every row has one token and draws one have a graph.
         """
         count = len(self.rows)
         if self.kind != Kind.STEP or count == 0 or len(self.tokens) != count:
             return 0
-        if (self.rows[:, 3] != DRAW).any():
+        bucket = bucket_of(count)
+        if bucket == 0 or len(self.bans) > MAX_BANS or (self.rows[:, 3] != DRAW).any():
             return 0
-        bucket = 1 << (count - 1).bit_length()
         return bucket * 4 + self.full * 2 + (self.logprobs >= 0)
 
     def encode(self) -> Ints:

@@ -26,8 +26,6 @@ __all__ = [
     "use_kernels",
 ]
 
-BODIES = ("auto", "reference", "triton")
-
 _choice: ContextVar[str] = ContextVar("kernels", default="auto")
 
 

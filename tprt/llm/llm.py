@@ -21,16 +21,17 @@ from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
 from tprt.engine.control import following_key, read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
 from tprt.engine.llm_engine import LLMEngine
-from tprt.engine.model_runner import ModelRunner
 from tprt.engine.outputs import RequestOutput, StreamEvent
 from tprt.engine.replay import ReplayedCall, replay
 from tprt.engine.sequence import Request
 from tprt.engine.sequence import Sequence as EngineSequence
 from tprt.engine.streaming import RequestStream
 from tprt.errors import ConfigError, OutputError, PeerLost, RankMismatch
+from tprt.kernels import use_kernels
 from tprt.llm.arguments import pair
+from tprt.llm.build import build_runner
+from tprt.llm.memory import check_memory
 from tprt.llm.startup import (
-    agree_on_blocks,
     as_tprt_error,
     check_ranks_agree,
     close_record_file,
@@ -107,7 +108,8 @@ class LLM:
         self.tp = init_tp_group(group, device)
         try:
             check_ranks_agree(self.tp, self._facts(reader))
-            self._build(reader)
+            with use_kernels(self.engine_config.kernels):
+                self._build(reader)
         except BaseException:
             self.tp.close()
             raise
@@ -142,23 +144,10 @@ class LLM:
             model.finish_loading()
             return model
 
+        plan = check_memory(self.tp, self.config, self.engine_config)
         model = together(self.tp, load)
-        bytes_per_token = sum(spec.bytes_per_token(dtype) for spec in model.cache_spec())
-        num_blocks = agree_on_blocks(
-            self.tp, self.engine_config, bytes_per_token * block_size, self.max_model_len
-        )
-        runner = together(
-            self.tp,
-            lambda: ModelRunner(
-                model,
-                self.tp,
-                dtype,
-                num_blocks=num_blocks,
-                block_size=block_size,
-                max_num_seqs=self.engine_config.max_num_seqs,
-                max_model_len=self.max_model_len,
-                num_valid=self.num_valid_ids,
-            ),
+        runner, num_blocks = build_runner(
+            model, self.tp, self.engine_config, plan, self.max_model_len, self.num_valid_ids
         )
         self._record_file = together(
             self.tp,
@@ -540,8 +529,7 @@ class LLM:
         tp, self.tp = self.tp, TPGroup(self.tp.rank, self.tp.size, self.tp.device)
         self._requests.clear()
         try:
-            if tp.rank == 0:
-                engine.close()
+            engine.close()
         finally:
             del engine
             tp.close()

@@ -1,15 +1,12 @@
-"""What ranks settle before a model runs: the same settings, the same memory, or the same error.
+"""What ranks settle before a model runs: the same settings, or the same error.
 
 Knows checkpoints, configs and ranks; the library face puts it together.
 """
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
-
-import torch
 
 from tprt.checkpoint import CheckpointReader
 from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
@@ -17,21 +14,15 @@ from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import (
     ConfigError,
-    OutOfMemoryPlan,
     OutputError,
     RankMismatch,
     TokenizerError,
     TprtError,
     out_of_memory,
 )
-from tprt.log import get_logger
 from tprt.tokenizer import Tokenizer
 
-logger = get_logger(__name__)
 T = TypeVar("T")
-
-GIB = 2**30
-CPU_KV_CACHE_MEMORY = 1 * GIB
 
 
 def engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
@@ -108,53 +99,6 @@ def as_tprt_error(error: Exception) -> TprtError:
     if isinstance(error, TprtError):
         return error
     return out_of_memory(error) or TprtError(f"{type(error).__name__}: {error}")
-
-
-def agree_on_blocks(
-    tp: TPGroup, engine: EngineConfig, bytes_per_block: int, max_model_len: int
-) -> int:
-    """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
-    block_size = engine.block_size
-    memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
-    if engine.kv_cache_memory is None and tp.device.type == "cuda":
-        place = [socket.gethostname(), torch.cuda.get_device_properties(tp.device).uuid]
-        sharing = gather_json([str(part) for part in place], tp)
-        free, total = torch.cuda.mem_get_info(tp.device)
-        memory = int(free - (1 - engine.gpu_memory_utilization) * total)
-        memory //= sharing.count([str(part) for part in place])
-    offers = [int(n) for n in gather_json(memory // bytes_per_block, tp)]
-    warning = uneven_offers(offers)
-    if warning and tp.rank == 0:
-        logger.warning("%s", warning)
-    blocks = kv_blocks(offers, engine, max_model_len)
-    if not blocks:
-        raise OutOfMemoryPlan(
-            f"{memory} bytes for the KV cache hold no block of {block_size} tokens and one for "
-            f"padding, {bytes_per_block} bytes each",
-            hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
-        )
-    return blocks
-
-
-def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> int:
-    """Blocks to allocate where ranks have room for ``offers``; 0 where one rank has too little.
-
-    One of them is for padding, the others are no more than requests can ever use.
-    """
-    usable = engine.max_num_seqs * -(-max_model_len // engine.block_size)
-    blocks = min([*offers, usable + 1])
-    return blocks if blocks > 1 else 0
-
-
-def uneven_offers(offers: list[int]) -> str:
-    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
-    low, high = min(offers), max(offers)
-    if low >= 0.95 * high:
-        return ""
-    return (
-        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
-        "all use the smaller number. Something else may hold memory there"
-    )
 
 
 def open_record_file(path: str | None) -> BinaryIO | None:

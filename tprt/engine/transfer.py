@@ -1,0 +1,56 @@
+"""Host to device and back without making the host wait. Knows tensors and devices only."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tprt.errors import StepTimeout
+
+SPIN_SECONDS = 0.002  # a step that ends within this is not worth a sleep
+
+
+def upload(words: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A copy of ``words`` on ``device``, in stream order; the host may go on, and reuse ``words``."""
+    host = torch.from_numpy(np.array(words, dtype=np.int64, order="C"))
+    if device.type != "cuda":
+        return host
+    # Pageable memory would make the copy wait for everything before it.
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Download:
+    """Tensors on their way to the host; valid once ``wait`` has returned."""
+
+    tensors: tuple[torch.Tensor, ...]
+    done: torch.cuda.Event | None
+
+    def wait(self, step: int, seconds: float) -> None:
+        """Raises StepTimeout when the device has not come this far within ``seconds``."""
+        if self.done is None or self.done.query():  # type: ignore[no-untyped-call]
+            return
+        began = time.monotonic()
+        while not self.done.query():  # type: ignore[no-untyped-call]
+            waited = time.monotonic() - began
+            if waited > seconds:
+                raise StepTimeout(
+                    f"step {step} is not done after {seconds:g} s",
+                    hint="another rank is stuck or gone, or the step is really that long: "
+                    "a larger engine.step_timeout",
+                )
+            if waited > SPIN_SECONDS:
+                time.sleep(50e-6)
+
+
+def download(tensors: tuple[torch.Tensor, ...]) -> Download:
+    """Copies of ``tensors`` on the host, in stream order: what is written to them later stays out."""
+    if all(tensor.device.type != "cuda" for tensor in tensors):
+        return Download(tuple(tensor.clone() for tensor in tensors), None)
+    # With non_blocking torch takes pinned memory, and keeps it until the copy is over.
+    host = tuple(tensor.to("cpu", non_blocking=True) for tensor in tensors)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+    return Download(host, done)

@@ -1,0 +1,68 @@
+"""From a loaded model to a runner that is ready: its KV cache, warm-up, graphs, measured memory.
+
+Knows models, ranks and settings; no checkpoints and no text.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from tprt.config import EngineConfig
+from tprt.distributed.tp_group import TPGroup
+from tprt.engine.model_runner import ModelRunner
+from tprt.kernels import use_kernels
+from tprt.llm.memory import MemoryPlan, agree_on_blocks, compare_with_plan
+from tprt.llm.startup import together
+from tprt.models.persimmon import PersimmonForCausalLM
+
+Phase = Callable[[str], AbstractContextManager[object]]
+
+
+def build_runner(
+    model: PersimmonForCausalLM,
+    tp: TPGroup,
+    engine: EngineConfig,
+    plan: MemoryPlan,
+    max_model_len: int,
+    num_valid: int,
+    phase: Phase = nullcontext,
+) -> tuple[ModelRunner, int]:
+    """A runner and the number of its KV blocks, the same on every rank. Collective.
+
+    Args:
+        plan: of ``check_memory``.
+        num_valid: ids from here on are padding of the vocabulary.
+        phase: entered with "init", "warm-up" and "capture" around each.
+
+    Raises:
+        OutOfMemoryPlan: no room for a KV cache, or less memory than planned; on every rank.
+    """
+    num_blocks = agree_on_blocks(tp, engine, plan, max_model_len)
+
+    def make() -> ModelRunner:
+        with use_kernels(engine.kernels), phase("init"):
+            return ModelRunner(
+                model,
+                tp,
+                getattr(torch, engine.dtype),
+                num_blocks=num_blocks,
+                block_size=engine.block_size,
+                max_num_seqs=engine.max_num_seqs,
+                max_model_len=max_model_len,
+                num_valid=num_valid,
+                enforce_eager=engine.enforce_eager,
+                step_timeout=engine.step_timeout,
+            )
+
+    runner = together(tp, make)
+
+    def prepare() -> None:
+        with phase("warm-up"):
+            runner.warm_up(engine.max_num_batched_tokens)
+        with phase("capture"):
+            runner.capture()
+
+    together(tp, prepare)
+    compare_with_plan(tp, plan, num_blocks)
+    return runner, num_blocks

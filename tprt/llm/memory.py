@@ -1,0 +1,250 @@
+"""What ranks settle about memory: whether the plan fits before loading, and how much KV cache.
+
+Knows configs, plans and ranks; no checkpoints.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.communication import gather_json
+from tprt.distributed.tp_group import TPGroup
+from tprt.engine.memory_plan import RankPlan, RuntimePlan, plan_rank, plan_runtime
+from tprt.errors import OutOfMemoryPlan
+from tprt.log import get_logger
+
+logger = get_logger(__name__)
+
+GIB, MIB = 2**30, 2**20
+CPU_KV_CACHE_MEMORY = 1 * GIB
+# What is measured at start and what was planned may differ by this much, KV cache aside.
+TOLERANCE = 256 * MIB
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What one rank is going to take, in bytes.
+
+    Args:
+        rank: of any rank.
+        block: one KV block over all layers.
+        room: what this rank may take beside the driver's context; None where that is not known.
+        used: of the device before anything was loaded, by anybody; None on a CPU.
+    """
+
+    rank: RankPlan
+    runtime: RuntimePlan
+    block: int
+    room: int | None = None
+    used: int | None = None
+
+    @property
+    def fixed(self) -> int:
+        """All but the KV cache and the context."""
+        return self.rank.weights + self.rank.tables + self.runtime.added
+
+    def needed(self, engine: EngineConfig) -> int:
+        """With the KV cache that was asked for, else with the smallest that serves anything."""
+        return self.fixed + max(engine.kv_cache_memory or 0, 2 * self.block)
+
+
+def plan_memory(
+    config: PersimmonConfig, engine: EngineConfig, tp_size: int, device_type: str
+) -> MemoryPlan:
+    """The plan of ``tp_size`` ranks on devices of this type; needs none."""
+    dtype = getattr(torch, engine.dtype)
+    length = engine.resolve_max_model_len(config.max_position_embeddings)
+    rank = plan_rank(config, 0, tp_size, dtype, length)  # cuts are padded: all ranks are alike
+    runtime = plan_runtime(config, tp_size, engine, device_type)
+    return MemoryPlan(rank, runtime, rank.kv_per_token * engine.block_size)
+
+
+def check_memory(
+    tp: TPGroup, config: PersimmonConfig, engine: EngineConfig, loaded: int = 0
+) -> MemoryPlan:
+    """This rank's plan, once it is known that every rank's fits. Collective; before anything is loaded.
+
+    Args:
+        loaded: bytes of the plan that are on the device already, where it is not before.
+
+    Raises:
+        OutOfMemoryPlan: on every rank, where one has too little; it names the largest setting that
+            fits there.
+    """
+    plan = plan_memory(config, engine, tp.size, tp.device.type)
+    sharing = _ranks_here(tp)
+    if tp.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(tp.device)
+        room = int(free - (1 - engine.gpu_memory_utilization) * total)
+        used = total - free - loaded if sharing == 1 else None
+        plan = replace(plan, room=max(0, room) // sharing + loaded, used=used)
+    elif (available := host_memory_available()) is not None:
+        plan = replace(plan, room=available // sharing + loaded)
+    rooms = gather_json(plan.room, tp)
+    for rank, room in enumerate(rooms):
+        if room is not None and plan.needed(engine) > room:
+            raise _too_little(config, engine, tp, plan, rank, room)
+    return plan
+
+
+def _ranks_here(tp: TPGroup) -> int:
+    """How many ranks share this rank's GPU, or its host where they compute on CPUs. Collective."""
+    place = [socket.gethostname()]
+    if tp.device.type == "cuda":
+        place.append(str(torch.cuda.get_device_properties(tp.device).uuid))
+    return gather_json(place, tp).count(place)
+
+
+def host_memory_available() -> int | None:
+    """Bytes that can be taken without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _too_little(
+    config: PersimmonConfig,
+    engine: EngineConfig,
+    tp: TPGroup,
+    plan: MemoryPlan,
+    rank: int,
+    room: int,
+) -> OutOfMemoryPlan:
+    parts = {
+        "weights": plan.rank.weights + plan.rank.tables,
+        "steps and their state": plan.runtime.added,
+        "KV cache": plan.needed(engine) - plan.fixed,
+    }
+    shown = ", ".join(f"{name} {in_gib(count)}" for name, count in parts.items())
+    return OutOfMemoryPlan(
+        f"{in_gib(plan.needed(engine))} are needed per rank ({shown}), and there is room for "
+        f"{in_gib(room)}",
+        where=f"rank {rank} of {tp.size}, {tp.device.type}",
+        hint=largest_that_fits(config, engine, tp.size, tp.device.type, room),
+    )
+
+
+def largest_that_fits(
+    config: PersimmonConfig, engine: EngineConfig, tp_size: int, device_type: str, room: int
+) -> str:
+    """The mildest change of settings after which the plan fits into ``room`` bytes, in words."""
+
+    def fits(size: int = tp_size, **changed: int | bool | None) -> bool:
+        tried = replace(engine, **changed)  # type: ignore[arg-type]
+        return plan_memory(config, tried, size, device_type).needed(tried) <= room
+
+    plan = plan_memory(config, engine, tp_size, device_type)
+    if engine.kv_cache_memory is not None and fits(kv_cache_memory=None):
+        blocks = (room - plan.fixed) // plan.block
+        return f"engine.kv_cache_memory={blocks * plan.block} or less"
+    for name in ("max_num_batched_tokens", "max_num_seqs"):
+        for value in _halves(getattr(engine, name)):
+            if fits(**{name: value}):
+                return f"engine.{name}={_most(value, partial(_fits_with, fits, name))}"
+    if device_type == "cuda" and not engine.enforce_eager and fits(enforce_eager=True):
+        return "engine.enforce_eager=true, which keeps no graphs"
+    for size in config.tp_sizes():
+        if size > tp_size and fits(size):
+            return f"{size} ranks, each on a device of its own"
+    return "a device with more memory: at no number of ranks do these settings fit"
+
+
+def _fits_with(fits: Callable[..., bool], name: str, value: int) -> bool:
+    return fits(**{name: value})
+
+
+def _halves(value: int) -> Iterator[int]:
+    while value > 1:
+        value //= 2
+        yield value
+
+
+def _most(value: int, fits: Callable[[int], bool]) -> int:
+    """The largest number below 2 * ``value``, which fits, that fits too."""
+    low, high = value, 2 * value
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def agree_on_blocks(tp: TPGroup, engine: EngineConfig, plan: MemoryPlan, max_model_len: int) -> int:
+    """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
+    memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
+    if engine.kv_cache_memory is None and tp.device.type == "cuda":
+        assert plan.room is not None
+        memory = plan.room - plan.fixed
+    offers = [int(n) for n in gather_json(memory // plan.block, tp)]
+    warning = uneven_offers(offers)
+    if warning and tp.rank == 0:
+        logger.warning("%s", warning)
+    blocks = kv_blocks(offers, engine, max_model_len)
+    if not blocks:
+        raise OutOfMemoryPlan(
+            f"{memory} bytes for the KV cache hold no block of {engine.block_size} tokens and one for "
+            f"padding, {plan.block} bytes each",
+            hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
+        )
+    return blocks
+
+
+def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> int:
+    """Blocks to allocate where ranks have room for ``offers``; 0 where one rank has too little.
+
+    One of them is for padding, the others are no more than requests can ever use.
+    """
+    usable = engine.max_num_seqs * -(-max_model_len // engine.block_size)
+    blocks = min([*offers, usable + 1])
+    return blocks if blocks > 1 else 0
+
+
+def uneven_offers(offers: list[int]) -> str:
+    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
+    low, high = min(offers), max(offers)
+    if low >= 0.95 * high:
+        return ""
+    return (
+        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
+        "all use the smaller number. Something else may hold memory there"
+    )
+
+
+def compare_with_plan(tp: TPGroup, plan: MemoryPlan, num_blocks: int) -> None:
+    """Log what the device now holds beside what was planned; rank 0 speaks for all. Collective."""
+    measured = None
+    if plan.used is not None:
+        free, total = torch.cuda.mem_get_info(tp.device)
+        measured = total - free - plan.used - num_blocks * plan.block
+    everyone = gather_json(measured, tp)
+    if tp.rank != 0:
+        return
+    weights = plan.rank.weights + plan.rank.tables
+    logger.info(
+        "memory per rank as planned: weights %s, steps and their state %s, KV cache %s",
+        in_gib(weights),
+        in_gib(plan.runtime.added),
+        in_gib(num_blocks * plan.block),
+    )
+    for rank, found in enumerate(everyone):
+        if found is None:
+            continue
+        level = logger.warning if abs(found - plan.fixed) > TOLERANCE else logger.info
+        level(
+            "rank %d: measured without the KV cache %s, planned %s",
+            rank,
+            in_gib(found),
+            in_gib(plan.fixed),
+        )
+
+
+def in_gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
