@@ -6,7 +6,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import BroadcastOptions
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    BroadcastOptions,
+)
 
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import PeerLost
@@ -20,7 +24,9 @@ def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
     On a GPU the wait is the stream's, not the host's.
     """
     try:
-        start().wait()
+        work = start()
+        if work is not None:  # newer backends give none where nothing is left to wait for
+            work.wait()
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in _PEER_GONE):
             raise  # out of memory, a dtype the backend lacks: not a peer's doing
@@ -34,7 +40,9 @@ def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
 def all_reduce(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """Sum over ranks, in place, in the dtype of ``x``; every rank gets the same bits."""
     if tp.size > 1:
-        _wait(lambda: tp.device_group.allreduce([x]), tp)
+        options = AllreduceOptions()
+        options.asyncOp = False  # NCCL then queues on the current stream, which a graph captures
+        _wait(lambda: tp.device_group.allreduce([x], options), tp)
     return x
 
 
@@ -43,7 +51,9 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     if tp.size == 1:
         return x.unsqueeze(0)
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype, device=x.device)
-    _wait(lambda: tp.device_group._allgather_base(out, x.flatten()), tp)
+    options = AllgatherOptions()
+    options.asyncOp = False
+    _wait(lambda: tp.device_group._allgather_base(out, x.flatten(), options), tp)
     return out.view(tp.size, *x.shape)
 
 

@@ -7,7 +7,9 @@ model.
 
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +50,11 @@ class TPGroup:
     control_group: Any = None
     store: Any = None
     owns_default_group: bool = False
+
+    def abort(self) -> None:
+        """Give up the device's collectives: kernels that wait for a peer end, and nothing else works."""
+        if self.device.type == "cuda" and self.device_group is not self.cpu_group:
+            self.device_group.abort()
 
     def close(self) -> None:
         """Shut down what ``init_tp_group`` made, and only that."""
@@ -127,14 +134,50 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
     store = PrefixStore(f"tprt/{key}/{_made[key]}", _own_connection())
     cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, HOST_TIMEOUT)
     control_group = ProcessGroupGloo(PrefixStore("control", store), rank, size, HOST_TIMEOUT)
-    device_group: Any = cpu_group
-    if device.type == "cuda":
-        from torch.distributed.distributed_c10d import ProcessGroupNCCL
+    tp = TPGroup(rank, size, device, cpu_group, cpu_group, control_group, store, owns_default)
+    return replace(tp, device_group=new_device_group(tp, "device"))
 
-        options = ProcessGroupNCCL.Options()
-        options._timeout = DEVICE_TIMEOUT
-        device_group = ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
-    return TPGroup(rank, size, device, device_group, cpu_group, control_group, store, owns_default)
+
+def new_device_group(tp: TPGroup, name: str) -> Any:
+    """A backend for tensors on ``tp.device``. Collective.
+
+    Args:
+        name: used once per group: ranks meet under it.
+    """
+    if tp.device.type != "cuda" or _shares_a_gpu(tp, name):
+        return tp.cpu_group
+    from torch.distributed.distributed_c10d import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = DEVICE_TIMEOUT
+    # A step that does not end is our deadline's business: NCCL's own watch would end the whole process,
+    # which may be somebody else's program.
+    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0"):
+        return ProcessGroupNCCL(PrefixStore(name, tp.store), tp.rank, tp.size, options)
+
+
+def _shares_a_gpu(tp: TPGroup, name: str) -> bool:
+    """Whether two ranks have the same GPU, which NCCL refuses: gloo then stages through the host."""
+    own = str(torch.cuda.get_device_properties(tp.device).uuid)
+    store = PrefixStore(f"{name}-gpu", tp.store)
+    store.set(str(tp.rank), own)
+    everyone = [store.get(str(rank)) for rank in range(tp.size)]
+    return len(set(everyone)) < tp.size
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Variables that torch reads while something is made; what was there before is back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _own_connection() -> Any:

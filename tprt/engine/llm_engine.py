@@ -147,8 +147,12 @@ class LLMEngine:
     def _check(self, result: StepResult) -> list[int]:
         try:
             return result.check()
-        except (RankMismatch, StepTimeout):
+        except RankMismatch:
             self.broken = True
+            raise
+        except StepTimeout:
+            self.broken = True
+            self.tp.abort()  # a kernel that waits for a peer would never give the device back
             raise
 
     def _take(self, seq: Sequence, token: int) -> bool:

@@ -20,6 +20,8 @@ from tprt.models import get_model_class
 # Estimates: these are the parts of a plan that no shape gives. The driver's context; the modules of
 # torch's and our kernels with what cuBLAS works in; the channels and buffers of a NCCL communicator.
 CONTEXT, MODULES, COMMUNICATOR = 512 * 2**20, 256 * 2**20, 256 * 2**20
+# Split attention: tokens of a part, and the most bytes that partial results take.
+SPLIT_TOKENS, MAX_PARTIALS = 128, 128 * 2**20
 # Bytes per logit while FULL_ROWS rows are penalised, sorted, truncated and drawn.
 SORTED_LOGIT = 72
 
@@ -86,11 +88,12 @@ def plan_runtime(
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
-    workspace = _activations(config, tp_size, tokens, length) * itemsize
+    partials = _partials(config, tp_size, rows, length)
+    workspace = _activations(config, tp_size, tokens, length) * itemsize + partials
     workspace += max(_sampling(rows, part, tp_size), scores)
     pool = 0
     if graphs:
-        pool = _activations(config, tp_size, bucket, 0) * itemsize
+        pool = _activations(config, tp_size, bucket, 0) * itemsize + partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
         return RuntimePlan(state, workspace, pool, 0, 0)
@@ -108,6 +111,12 @@ def _activations(config: PersimmonConfig, tp_size: int, tokens: int, length: int
     mlp = 4 * hidden + max(2 * ffn, ffn + 3 * hidden)
     gathered = 2 * length * heads
     return max(tokens * attention + gathered, tokens * mlp)
+
+
+def _partials(config: PersimmonConfig, tp_size: int, rows: int, length: int) -> int:
+    """Bytes of float32 sums, maxima and weights of every part of ``rows`` sequences, per head."""
+    parts = rows * -(-length // SPLIT_TOKENS) * (config.num_attention_heads // tp_size)
+    return min(4 * parts * (config.head_dim + 2), MAX_PARTIALS)
 
 
 def _sampling(rows: int, part: int, tp_size: int) -> int:

@@ -161,7 +161,9 @@ class ModelRunner:
         scratch = self.buffers.scratch_slot  # which is also how many others there are
         longest = min(max_num_batched_tokens, self.max_model_len)
         rows = min(scratch, max_num_batched_tokens)
-        for counts in ([longest], [1] * rows):
+        # Chunks of every length class that kernels are compiled for, and the most rows.
+        shapes = [[longest], [min(64, longest)], [min(16, longest)], [1] * rows]
+        for counts in shapes:
             for full in (False, True):
                 table = np.array([(scratch, 0, count, DRAW) for count in counts])
                 tokens = np.zeros(sum(counts), dtype=np.int64)

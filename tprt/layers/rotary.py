@@ -28,6 +28,12 @@ class RotaryEmbedding(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        if device.type == "meta":
+            # A plan wants the sizes; computing them there would import torch's compiler.
+            table = torch.empty(max_positions, rotary_dim // 2, device=device)
+            self.register_buffer("cos", table, persistent=False)
+            self.register_buffer("sin", table.clone(), persistent=False)
+            return
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
         inv_freq = 1.0 / (theta ** (exponents / rotary_dim))
         positions = torch.arange(max_positions, dtype=torch.float32, device=device)

@@ -5,12 +5,14 @@ Knows checkpoints, configs and ranks; the library face puts it together.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from tprt.checkpoint import CheckpointReader
 from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
 from tprt.distributed.communication import gather_json
+from tprt.distributed.self_test import check_captured_collectives
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import (
     ConfigError,
@@ -20,8 +22,10 @@ from tprt.errors import (
     TprtError,
     out_of_memory,
 )
+from tprt.log import get_logger
 from tprt.tokenizer import Tokenizer
 
+logger = get_logger(__name__)
 T = TypeVar("T")
 
 
@@ -71,6 +75,18 @@ def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:
                     f"{value!r} and {other[field]!r}",
                     hint="start every rank with the same model and settings",
                 )
+
+
+def settle_graphs(tp: TPGroup, engine: EngineConfig) -> tuple[TPGroup, EngineConfig]:
+    """Without CUDA graphs where collectives do not survive in them; the log says why. Collective."""
+    if tp.device.type != "cuda" or tp.size == 1 or engine.enforce_eager:
+        return tp, engine
+    tp, reason = check_captured_collectives(tp)
+    if not reason:
+        return tp, engine
+    if tp.rank == 0:
+        logger.warning("decode steps run without CUDA graphs: %s", reason)
+    return tp, replace(engine, enforce_eager=True)
 
 
 def together(tp: TPGroup, work: Callable[[], T]) -> T:
