@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tprt.kernels import Norm, cpu, reference
+from tprt.kernels import Kernels, Norm, cpu, kernels_for, reference, use_kernels, warm_up
 from tprt.kernels.reference import ReferenceAttention
 
 KERNELS = cpu.CPUKernels()
@@ -132,3 +132,25 @@ def test_what_a_packed_product_takes_along_is_that_of_the_plain_operations(rows)
 def test_float32_matrices_are_left_as_they_are():
     weight = torch.randn(8, 8)
     assert KERNELS.pack_weight(weight) is weight
+
+
+@pytest.mark.parametrize("name", ["auto", "reference", "triton"])
+def test_warm_up_calls_every_operation(name, monkeypatch):
+    """A size or an argument it gets wrong would show here and not before a start on a GPU."""
+    monkeypatch.setattr(warm_up, "ROWS", (1, 2))
+    monkeypatch.setattr(warm_up, "CHUNKS", (6,))
+    monkeypatch.setattr(warm_up, "VOCAB_ROWS", 40)
+    sizes = warm_up.LayerSizes(32, 2, 16, 8, 64, 4, torch.float32, head_norms=True)
+    with use_kernels(name):
+        body = kernels_for(torch.device("cpu"))
+        assert kernels_for(torch.device("cpu")) is body, "layers share one body"
+    called = set()
+
+    class Watched:
+        def __getattr__(self, operation):
+            called.add(operation)
+            return getattr(body, operation)
+
+    warm_up.compile_kernels(Watched(), sizes, torch.device("cpu"))
+    names = {n for n in vars(Kernels) if not n.startswith("_")} - {"name", "pack_weight"}
+    assert called == names

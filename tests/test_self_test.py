@@ -21,7 +21,7 @@ def _check(kind: str, patience: float = 0.3) -> tuple[str, float, bool]:
         def replay():
             step()
             if wrong and kind == "differs":
-                step.__self__.summed[7] += 1
+                step.__self__.summed[0, 7] += 1
 
         if wrong and kind == "refuses":
             raise RuntimeError("operation not permitted when stream is capturing\nmore")

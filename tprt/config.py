@@ -272,6 +272,8 @@ class EngineConfig:
         record_path: file that gets every step record, for replay; None writes none.
         kernels: "auto" (Triton on a GPU, torch's own on a CPU), "reference" (plain torch) or "triton".
         enforce_eager: launch decode steps operation by operation, without CUDA graphs.
+        one_shot_all_reduce: let ranks with NVLink sum small messages in one kernel of our own, fused
+            with bias, residual and LayerNorm, instead of NCCL.
         step_timeout: seconds a GPU may take for one step before the ranks are given up.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
         seed: feeds the draws of requests that bring no seed of their own.
@@ -289,6 +291,7 @@ class EngineConfig:
     record_path: str | None = None
     kernels: str = "auto"
     enforce_eager: bool = False
+    one_shot_all_reduce: bool = True
     step_timeout: float = 60.0
     seed: int = 0
 
@@ -307,7 +310,7 @@ class EngineConfig:
                 )
         if self.look_ahead not in (0, 1) or isinstance(self.look_ahead, bool):
             raise ConfigError(f"look_ahead is {self.look_ahead!r}", hint="0 or 1")
-        for name in ("enable_prefix_caching", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager", "one_shot_all_reduce"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", hint="true or false")
         if self.kernels not in KERNELS:

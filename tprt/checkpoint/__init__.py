@@ -14,11 +14,15 @@ from tprt.checkpoint.megatron import MegatronReader
 from tprt.checkpoint.megatron_folders import TRACKER
 from tprt.checkpoint.presharded import MANIFEST, PreshardedReader
 from tprt.checkpoint.reader import READ_HINT, CheckpointReader, TensorInfo, canonical_shapes
+from tprt.checkpoint.staging_ring import StreamSettings
+from tprt.checkpoint.streaming import LoadStats
 from tprt.checkpoint.writers import write_huggingface, write_megatron, write_presharded
 from tprt.errors import CheckpointError
 
 __all__ = [
     "CheckpointReader",
+    "LoadStats",
+    "StreamSettings",
     "TensorInfo",
     "canonical_shapes",
     "load_weights",

@@ -14,6 +14,8 @@ from tprt.checkpoint.reader import (
     EMBEDDING,
     HEAD,
     CheckpointReader,
+    FileBlock,
+    PlacedBlock,
     TensorHeader,
     TensorInfo,
     build_config,
@@ -30,7 +32,7 @@ from tprt.checkpoint.safetensors_file import SafetensorsFile, read_json
 from tprt.checkpoint.stand_ins import StoredTensor
 from tprt.checkpoint.torch_file import AGAIN_HINT, TorchFile, flatten
 from tprt.config import PersimmonConfig
-from tprt.distributed.sharding import Slices
+from tprt.distributed.sharding import Slices, whole
 from tprt.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -57,6 +59,9 @@ class BinShard:
 
     def read(self, name: str, slices: Slices) -> torch.Tensor:
         return self._file.read(self._stored[name], slices)
+
+    def locate(self, name: str, slices: Slices) -> FileBlock:
+        return self._file.locate(self._stored[name], slices)
 
     def verify_crc(self) -> None:
         self._file.verify_crc()
@@ -125,6 +130,11 @@ class HuggingFaceReader(CheckpointReader):
     def read(self, name: str, slices: Slices) -> torch.Tensor:
         place = self._places[name]
         return place.shard.read(name, normal(slices, place.shape))
+
+    def locate(self, name: str, slices: Slices) -> list[PlacedBlock]:
+        place = self._places[name]
+        block = place.shard.locate(name, normal(slices, place.shape))
+        return [(block, whole(block.shape))]
 
     def describe(self) -> list[TensorInfo]:
         return [

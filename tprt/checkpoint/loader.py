@@ -1,27 +1,52 @@
 """Fills the parameters of one rank from a reader, strictly.
 
 Each parameter carries a ``ShardSpec`` that says which blocks of the whole tensor it holds. This file
-knows nothing else of models and nothing of layouts.
+knows nothing else of models and nothing of layouts; how bytes travel is the business of ``streaming``.
 """
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import nn
 
+from tprt.checkpoint.block_files import split
 from tprt.checkpoint.reader import EMBEDDING, HEAD, CheckpointReader, listed
-from tprt.distributed.sharding import ShardSpec, shard_spec
+from tprt.checkpoint.staging_ring import Part, StreamSettings
+from tprt.checkpoint.streaming import LoadStats, NotFinite, Streamer
+from tprt.distributed.sharding import Piece, ShardSpec, Slices, shard_spec
 from tprt.errors import CheckpointError
 
 
-def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
+@dataclass(frozen=True)
+class _Fill:
+    """A parameter, and the name of the tensor it is filled from."""
+
+    parameter: torch.Tensor
+    source: str
+    spec: ShardSpec
+
+
+def load_weights(
+    model: nn.Module, reader: CheckpointReader, settings: StreamSettings | None = None
+) -> LoadStats:
     """Fill every parameter of ``model`` from ``reader``, converting to the parameter's dtype.
 
+    Several threads read, each only bytes of this rank's blocks; all are gone when this returns.
+
     Args:
-        model: its parameters have Hugging Face's names and a ``shard_spec`` each.
+        model: its parameters have Hugging Face's names and a ``shard_spec`` each, and lie on one
+            device.
+        settings: None takes what suits the device and the size.
 
     Raises:
         CheckpointError: a parameter has no tensor, a tensor no parameter, the shapes of the whole
-            tensors differ, or a value is NaN or infinite after conversion. Names are listed, 20 at
-            most.
+            tensors differ, a file cannot be read or has changed, or a value is NaN or infinite after
+            conversion. Names are listed, 20 at most; of values and files, the first in the model's
+            order.
     """
     parameters = dict(model.named_parameters())
     sources = {name: name for name in parameters}
@@ -30,13 +55,68 @@ def load_weights(model: nn.Module, reader: CheckpointReader) -> None:
     on_disk = set(reader.names())
     _check_names(reader, sources, on_disk)
     _check_shapes(reader, {name: _spec(parameters[name], name) for name in sources}, sources)
-    for name, parameter in parameters.items():
-        source = sources[name]
-        spec = _spec(parameter, name)
-        with torch.no_grad():
-            spec.load(parameter, lambda slices, source=source: reader.read(source, slices))  # type: ignore[misc]
-        if not _finite(parameter):
-            _refuse_values(reader, source, spec, parameter.dtype)
+    fills = [_Fill(p.detach(), sources[n], _spec(p, n)) for n, p in parameters.items()]
+    return _Load(fills, reader, settings).run()
+
+
+class _Load:
+    """One load: cuts parameters into parts for the streamer, and tells its failures."""
+
+    def __init__(
+        self, fills: list[_Fill], reader: CheckpointReader, settings: StreamSettings | None
+    ) -> None:
+        self.fills, self.reader = fills, reader
+        devices = {fill.parameter.device for fill in fills}
+        assert len(devices) == 1, devices
+        self.device = devices.pop()
+        sizes = [f.spec.needed_bytes(reader.stored_dtype(f.source).itemsize) for f in fills]
+        self.settings = settings or StreamSettings.default(self.device, sum(sizes))
+
+    def run(self) -> LoadStats:
+        before = self.reader.bytes_read
+        with Streamer(self.device, self.settings) as streamer:
+            failure = streamer.run(self._parts())
+            read_s, copy_s = streamer.read_s, streamer.ring.copy_s
+        if failure is not None:
+            order, error = failure
+            if isinstance(error, NotFinite):
+                _refuse_values(self.reader, self.fills[order])
+            raise error
+        return LoadStats(read_s, copy_s, self.reader.bytes_read - before)
+
+    def _parts(self) -> Iterator[Part]:
+        for order, fill in enumerate(self.fills):
+            local = fill.parameter.t() if fill.spec.transposed else fill.parameter
+            blocks = [(piece, local[piece.local]) for piece in fill.spec.pieces]
+            if sum(block.numel() for _, block in blocks) < local.numel():
+                local.zero_()  # padding
+            for piece, block in blocks:
+                if block.numel():
+                    yield from self._cut(order, fill, piece, block)
+
+    def _cut(self, order: int, fill: _Fill, piece: Piece, local: torch.Tensor) -> Iterator[Part]:
+        """What fills ``local``, which is a piece of the parameter, in parts of one buffer each."""
+        located = self.reader.locate(fill.source, piece.canonical)
+        if located is None:
+            read = partial(self.reader.read, fill.source, piece.canonical)
+            yield Part(order, fill.source, local, False, None, read)
+            return
+        in_place = (
+            self.settings.in_place
+            and self.device.type == "cpu"
+            and not fill.spec.transposed
+            and local.dim() == len(piece.canonical)
+        )
+        for block, place in located:
+            direct = in_place and local.dtype == block.dtype
+            target = _at(local, place)
+            for inner in split(block.shape, self.settings.buffer_bytes // block.dtype.itemsize):
+                yield Part(order, fill.source, _at(target, inner), direct, block.part(inner))
+
+
+def _at(tensor: torch.Tensor, slices: Slices) -> torch.Tensor:
+    """A block of the last dimensions."""
+    return tensor[(slice(None),) * (tensor.dim() - len(slices)) + slices]
 
 
 def _spec(parameter: nn.Parameter, name: str) -> ShardSpec:
@@ -77,19 +157,9 @@ def _check_shapes(
         )
 
 
-def _finite(parameter: torch.Tensor) -> bool:
-    """NaN and infinities show in the extremes; this makes no copy of the parameter."""
-    if parameter.numel() == 0:
-        return True
-    low, high = torch.aminmax(parameter.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _refuse_values(
-    reader: CheckpointReader, name: str, spec: ShardSpec, dtype: torch.dtype
-) -> None:
-    stored_finite = all(_finite(reader.read(name, piece.canonical)) for piece in spec.pieces)
-    if stored_finite:
+def _refuse_values(reader: CheckpointReader, fill: _Fill) -> NoReturn:
+    name, dtype = fill.source, fill.parameter.dtype
+    if all(_finite(reader.read(name, piece.canonical)) for piece in fill.spec.pieces):
         raise CheckpointError(
             f"{name} holds values past {torch.finfo(dtype).max:g}, the largest {dtype} can hold",
             where=str(reader.path),
@@ -100,3 +170,8 @@ def _refuse_values(
         where=str(reader.path),
         hint="the checkpoint again from its source; verify: full tells damage from bad training",
     )
+
+
+def _finite(block: torch.Tensor) -> bool:
+    """NaN and infinities show in the extremes."""
+    return all(map(math.isfinite, torch.aminmax(block)))

@@ -26,6 +26,7 @@ from tprt.checkpoint.reader import (
     EMBEDDING,
     HEAD,
     CheckpointReader,
+    PlacedBlock,
     TensorInfo,
     canonical_shapes,
     check_spare_head,
@@ -145,21 +146,16 @@ class MegatronReader(CheckpointReader):
         asked = normal(slices, entry.shape)
         out = torch.empty([s.stop - s.start for s in asked], dtype=self.stored_dtype(name))
         target = integer_view(out)
-        if entry.dim is None:
-            block = entry.blocks[0]
-            np.copyto(target, block.file.view(block.tensor, asked))
-            return out
-        along = asked[entry.dim]
-        for block in entry.blocks:
-            end = block.start + block.tensor.shape[entry.dim]
-            start, stop = overlap(along, block.start, end)
-            if stop <= start:
-                continue
-            source, place = list(asked), [slice(None)] * len(asked)
-            source[entry.dim] = slice(start - block.start, stop - block.start)
-            place[entry.dim] = slice(start - along.start, stop - along.start)
-            np.copyto(target[tuple(place)], block.file.view(block.tensor, tuple(source)))
+        for block, source, place in _parts(entry, asked):
+            np.copyto(target[place], block.file.view(block.tensor, source))
         return out
+
+    def locate(self, name: str, slices: Slices) -> list[PlacedBlock]:
+        entry = self._entries[name]
+        return [
+            (block.file.locate(block.tensor, source), place)
+            for block, source, place in _parts(entry, normal(slices, entry.shape))
+        ]
 
     def describe(self) -> list[TensorInfo]:
         return [
@@ -347,6 +343,23 @@ class MegatronReader(CheckpointReader):
                         hint="rank files of one and the same save; or average the copies once and "
                         "save them again",
                     )
+
+
+def _parts(entry: _Entry, asked: Slices) -> Iterator[tuple[_Block, Slices, Slices]]:
+    """The blocks that hold a part of ``asked``, its slices there, and its place in the result."""
+    place = [slice(0, s.stop - s.start) for s in asked]
+    if entry.dim is None:
+        yield entry.blocks[0], asked, tuple(place)
+        return
+    source, along = list(asked), asked[entry.dim]
+    for block in entry.blocks:
+        end = block.start + block.tensor.shape[entry.dim]
+        start, stop = overlap(along, block.start, end)
+        if stop <= start:
+            continue
+        source[entry.dim] = slice(start - block.start, stop - block.start)
+        place[entry.dim] = slice(start - along.start, stop - along.start)
+        yield block, tuple(source), tuple(place)
 
 
 def _standard_names(tensors: dict[str, StoredTensor], where: str) -> dict[str, StoredTensor]:

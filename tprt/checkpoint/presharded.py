@@ -6,7 +6,8 @@ fields; it does not decide how anything is cut.
 """
 
 import hashlib
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from tprt.checkpoint.reader import (
     CheckpointReader,
+    PlacedBlock,
     TensorInfo,
     build_config,
     canonical_shapes,
@@ -153,6 +155,30 @@ class PreshardedReader(CheckpointReader):
         asked = normal(slices, self._shapes[name])
         lengths = [s.stop - s.start for s in asked]
         out: torch.Tensor | None = None
+        for file, source, place in self._parts(name, asked):
+            part = file.read(name, source)
+            part = part[0] if part.dim() > len(lengths) else part
+            if list(part.shape) == lengths:
+                return part  # no second copy
+            if out is None:
+                out = torch.empty(lengths, dtype=self._dtypes[name])
+            out[place] = part
+        return torch.empty(lengths, dtype=self._dtypes[name]) if out is None else out
+
+    def locate(self, name: str, slices: Slices) -> list[PlacedBlock]:
+        found = []
+        for file, source, place in self._parts(name, normal(slices, self._shapes[name])):
+            block = file.locate(name, source)
+            extra = len(source) - len(place)
+            shape, strides = block.shape[extra:], block.strides[extra:]
+            found.append((replace(block, shape=shape, strides=strides), place))
+        return found
+
+    def _parts(self, name: str, asked: Slices) -> Iterator[tuple[SafetensorsFile, Slices, Slices]]:
+        """The files that hold a part of ``asked``, its slices there, and its place in the result.
+
+        A local tensor with one leading dimension more repeats the block: its first copy will do.
+        """
         blocks = self._blocks[name]
         exact = blocks.get(_key(asked))  # the same cut as on disk
         for block in blocks.values() if exact is None else (exact,):
@@ -160,21 +186,16 @@ class PreshardedReader(CheckpointReader):
             spans = [overlap(a, b.start, b.stop) for a, b in zip(asked, box, strict=True)]
             if any(stop <= start for start, stop in spans):
                 continue
-            # A local tensor with one leading dimension more repeats the block; one copy will do.
             extra = len(local) - len(box)
             source = [slice(s.start, s.start + 1) for s in local[:extra]] + [
                 slice(at.start + start - b.start, at.start + stop - b.start)
                 for (start, stop), b, at in zip(spans, box, local[extra:], strict=True)
             ]
-            part = block.file.read(name, tuple(source))
-            part = part[0] if extra else part
-            if list(part.shape) == lengths:
-                return part  # no second copy
-            if out is None:
-                out = torch.empty(lengths, dtype=self._dtypes[name])
-            place = zip(spans, asked, strict=True)
-            out[tuple(slice(s - a.start, e - a.start) for (s, e), a in place)] = part
-        return torch.empty(lengths, dtype=self._dtypes[name]) if out is None else out
+            place = [
+                slice(start - a.start, stop - a.start)
+                for (start, stop), a in zip(spans, asked, strict=True)
+            ]
+            yield block.file, tuple(source), tuple(place)
 
     def describe(self) -> list[TensorInfo]:
         return [

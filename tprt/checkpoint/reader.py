@@ -6,10 +6,12 @@ class; sizes come from the config.
 
 import hashlib
 import json
+import math
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +29,37 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOKENIZER_NAMES = ("adept_vocab.model", "tokenizer.model")
 READ_HINT = "check the path, its permissions and the disk"
 _ROWS = 1024  # compared at a time
+
+
+@dataclass(frozen=True)
+class FileBlock:
+    """Elements of a tensor as they lie in a file: raw, little-endian, at any strides.
+
+    Args:
+        stamp: of the file when its header was checked (see ``file_stamp``).
+        offset: of the first element, in bytes from the start of the file.
+        shape, strides: of the block; strides count bytes and may be 0.
+    """
+
+    path: Path
+    stamp: tuple[int, int]
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, slices: Slices) -> "FileBlock":
+        """A block of this block; the slices have both ends and a step of 1."""
+        before = sum(s.start * n for s, n in zip(slices, self.strides, strict=True))
+        shape = tuple(s.stop - s.start for s in slices)
+        return replace(self, offset=self.offset + before, shape=shape)
+
+
+PlacedBlock = tuple[FileBlock, Slices]
 
 
 @dataclass(frozen=True)
@@ -78,6 +111,14 @@ class CheckpointReader(ABC):
         Args:
             slices: one per dimension, with a step of 1.
         """
+
+    def locate(self, name: str, slices: Slices) -> list[PlacedBlock] | None:
+        """Where ``read`` would find the same bytes, which count as read: many threads can fetch them.
+
+        Each block comes with its place in what was asked for; places do not overlap and leave
+        nothing out. None: the layout keeps no raw elements, and only ``read`` can tell.
+        """
+        return None
 
     @abstractmethod
     def describe(self) -> list[TensorInfo]:
@@ -274,6 +315,12 @@ def find_tokenizer(folders: list[Path]) -> Path | None:
         if len(models) == 1 and models[0].is_file():
             return models[0]
     return None
+
+
+def file_stamp(fd: int) -> tuple[int, int]:
+    """Size and modification time: a file that has another stamp now is not the one that was checked."""
+    told = os.fstat(fd)
+    return told.st_size, told.st_mtime_ns
 
 
 def overlap(asked: slice, start: int, stop: int) -> tuple[int, int]:

@@ -8,7 +8,6 @@ weights and no layouts.
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from tprt.checkpoint.reader import READ_HINT, TensorHeader
+from tprt.checkpoint.reader import READ_HINT, FileBlock, TensorHeader, file_stamp
 from tprt.checkpoint.torch_file import AGAIN_HINT, integer_view
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
@@ -86,7 +85,9 @@ class SafetensorsFile:
         self.bytes_read = 0
         try:
             with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+                self._stamp = file_stamp(file.fileno())
+                self.size = self._stamp[0]
+                self._starts: dict[str, int] = {}
                 self.tensors = self._check_header(file)
         except OSError as error:
             raise CheckpointError(
@@ -105,6 +106,16 @@ class SafetensorsFile:
         if not math.prod(lengths):  # the library refuses empty slices
             return torch.empty(lengths, dtype=dtype)
         block: torch.Tensor = self._open.get_slice(name)[slices]
+        return block
+
+    def locate(self, name: str, slices: Slices) -> FileBlock:
+        """Where ``read`` would find the block; it counts as read."""
+        shape, dtype = self.tensors[name]
+        strides = [dtype.itemsize * math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        start = self._starts[name]
+        whole = FileBlock(self.path, self._stamp, start, shape, tuple(strides), dtype)
+        block = whole.part(slices)
+        self.bytes_read += block.nbytes
         return block
 
     def checksums(self) -> list[object]:
@@ -151,6 +162,7 @@ class SafetensorsFile:
                     f"span {b - a}"
                 )
             spans.append((a, b))
+            self._starts[name] = 8 + length + a
             tensors[name] = (tuple(shape), DTYPES[kind])
         end = 0
         for a, b in sorted(spans):

@@ -6,7 +6,6 @@ names of weights and no layouts.
 """
 
 import mmap
-import os
 import struct
 import zipfile
 import zlib
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from tprt.checkpoint.pickle_reader import MAX_PICKLE_BYTES, load_pickle
-from tprt.checkpoint.reader import READ_HINT
+from tprt.checkpoint.reader import READ_HINT, FileBlock, file_stamp
 from tprt.checkpoint.stand_ins import StoredStorage, StoredTensor, shown
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
@@ -32,7 +31,7 @@ AGAIN_HINT = "download or copy the file again"
 _STATE_HINT = "a file whose state dict maps names to tensors, as torch.save writes it"
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
-_INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 _TORCH_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,7 +53,8 @@ class TorchFile:
         self.bytes_read = 0
         try:
             with open(path, "rb") as file:
-                self.size = os.fstat(file.fileno()).st_size
+                self._stamp = file_stamp(file.fileno())
+                self.size = self._stamp[0]
                 self._check_magic(file.read(512))
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 self._check_end()
@@ -86,7 +86,7 @@ class TorchFile:
         start = self._storage_start(tensor)
         width = tensor.dtype.itemsize
         flat = np.frombuffer(
-            self._map, _INTEGERS[width], tensor.storage_numel, start
+            self._map, INTEGERS[width], tensor.storage_numel, start
         )[tensor.storage_offset :]  # fmt: skip
         strides = tuple(s * width for s in tensor.stride)
         # Shape and stride were checked against the storage when the descriptor was made.
@@ -100,6 +100,16 @@ class TorchFile:
         full = tuple(slice(0, n) for n in tensor.shape)
         block = np.array(self.view(tensor, full if slices is None else slices), order="C")
         return torch.from_numpy(block).view(tensor.dtype)
+
+    def locate(self, tensor: StoredTensor, slices: Slices) -> FileBlock:
+        """Where ``view`` would find the block; it counts as read. Raises as ``view`` does."""
+        width = tensor.dtype.itemsize
+        start = self._storage_start(tensor) + tensor.storage_offset * width
+        strides = tuple(s * width for s in tensor.stride)
+        whole = FileBlock(self.path, self._stamp, start, tensor.shape, strides, tensor.dtype)
+        block = whole.part(slices)
+        self.bytes_read += block.nbytes
+        return block
 
     def check_storage(self, tensor: StoredTensor) -> None:
         """Raises CheckpointError unless the storage is there with the size the pickle claims."""

@@ -124,6 +124,7 @@ class EngineSettings(_Section):
     record_path: ExpandedPath | None = _DEFAULTS.record_path
     kernels: Literal["auto", "reference", "triton"] = "auto"
     enforce_eager: bool = _DEFAULTS.enforce_eager
+    one_shot_all_reduce: bool = _DEFAULTS.one_shot_all_reduce
     step_timeout: Annotated[float, Field(gt=0, lt=1e9)] = _DEFAULTS.step_timeout
     seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] = _DEFAULTS.seed
 

@@ -3,14 +3,10 @@
 import json
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch.distributed.distributed_c10d import (
-    AllgatherOptions,
-    AllreduceOptions,
-    BroadcastOptions,
-)
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import PeerLost
@@ -37,8 +33,28 @@ def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
         ) from error
 
 
+class OneShot(Protocol):
+    """Collectives of little data in one launch, over memory that every rank of a host can read."""
+
+    def fits(self, rows: int, width: int, dtype: torch.dtype) -> bool: ...
+
+    def all_reduce(self, partial: torch.Tensor) -> torch.Tensor: ...
+
+    def all_gather(self, words: torch.Tensor) -> torch.Tensor: ...
+
+
+def one_shot_for(x: torch.Tensor, tp: TPGroup) -> Any:
+    """``tp.one_shot`` where it takes [rows, width] like ``x``, else None; the same on every rank."""
+    if tp.one_shot is None or x.dim() != 2 or not tp.one_shot.fits(*x.shape, x.dtype):
+        return None
+    return tp.one_shot
+
+
 def all_reduce(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
-    """Sum over ranks, in place, in the dtype of ``x``; every rank gets the same bits."""
+    """Sum over ranks in the dtype of ``x``; every rank gets the same bits. ``x`` may be changed."""
+    if (small := one_shot_for(x, tp)) is not None:
+        summed: torch.Tensor = small.all_reduce(x)
+        return summed
     if tp.size > 1:
         options = AllreduceOptions()
         options.asyncOp = False  # NCCL then queues on the current stream, which a graph captures
@@ -50,6 +66,9 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """[*shape] of each rank -> [size, *shape] on every rank, ordered by rank."""
     if tp.size == 1:
         return x.unsqueeze(0)
+    if x.dtype == torch.int64 and (small := one_shot_for(x.view(1, -1), tp)) is not None:
+        gathered: torch.Tensor = small.all_gather(x.flatten())
+        return gathered.view(tp.size, *x.shape)
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype, device=x.device)
     options = AllgatherOptions()
     options.asyncOp = False

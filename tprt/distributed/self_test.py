@@ -17,7 +17,8 @@ from tprt.distributed.communication import all_gather, all_reduce, gather_json
 from tprt.distributed.tp_group import TPGroup, new_device_group
 from tprt.errors import TprtError
 
-ELEMENTS = 4096  # of the all-reduce: a row of the largest model
+# Of the all-reduce and of the gather: a row, and the tokens of a step.
+ELEMENTS, WORDS = 1024, 64
 REPLAYS = 3
 PATIENCE = timedelta(seconds=20)  # a communicator's first use takes seconds on many GPUs
 
@@ -59,13 +60,14 @@ class _SelfTest:
 
     def __init__(self, tp: TPGroup, patience: timedelta) -> None:
         self.tp, self.patience = tp, patience
-        self.source = torch.zeros(ELEMENTS, device=tp.device)
-        self.summed = torch.zeros(ELEMENTS, device=tp.device)
-        self.gathered = torch.zeros(tp.size, ELEMENTS, device=tp.device)
+        self.source = torch.zeros(1, ELEMENTS, device=tp.device)
+        self.words = torch.zeros(WORDS, dtype=torch.int64, device=tp.device)
+        self.summed = torch.zeros_like(self.source)
+        self.gathered = torch.zeros(tp.size, WORDS, dtype=torch.int64, device=tp.device)
 
     def step(self) -> None:
         self.summed.copy_(all_reduce(self.source.clone(), self.tp))
-        self.gathered.copy_(all_gather(self.source, self.tp))
+        self.gathered.copy_(all_gather(self.words, self.tp))
 
     def capture(self, capture: Capture) -> tuple[str, bool]:
         try:
@@ -79,10 +81,11 @@ class _SelfTest:
         # Whole numbers: a sum in any order has the same bits.
         values = torch.arange(ELEMENTS, dtype=torch.float32) % 251 + 1000 * round_ + self.tp.rank
         self.source.copy_(values)
+        self.words.copy_(values[:WORDS] * 2**40)
         self.step()
         eager = self.summed.clone(), self.gathered.clone()
         for found in (self.summed, self.gathered):
-            found.fill_(float("nan"))
+            found.fill_(-1)
         self.replay()
         began = time.monotonic()
         while not self.done():

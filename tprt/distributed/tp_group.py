@@ -40,6 +40,9 @@ class TPGroup:
         control_group: backend for step records (gloo), which must not queue behind anything else.
         store: what the ranks met through, under a prefix of this group's own; None as above.
         owns_default_group: whether closing must also destroy torch's default group.
+        one_shot: small sums and gathers over memory that ranks share, as ``communication.OneShot``;
+            None where there is none.
+        shared_memory: what ``one_shot`` works in, with a ``close``.
     """
 
     rank: int = 0
@@ -50,14 +53,27 @@ class TPGroup:
     control_group: Any = None
     store: Any = None
     owns_default_group: bool = False
+    one_shot: Any = None
+    shared_memory: Any = None
+
+    @property
+    def graphs_hold_all(self) -> bool:
+        """Whether a CUDA graph can hold any collective, not only those that ``one_shot`` does."""
+        if self.size == 1 or self.device.type != "cuda":
+            return True
+        return self.device_group is not self.cpu_group
 
     def abort(self) -> None:
         """Give up the device's collectives: kernels that wait for a peer end, and nothing else works."""
+        if self.one_shot is not None:
+            self.one_shot.abort()
         if self.device.type == "cuda" and self.device_group is not self.cpu_group:
             self.device_group.abort()
 
     def close(self) -> None:
         """Shut down what ``init_tp_group`` made, and only that."""
+        if self.shared_memory is not None:
+            self.shared_memory.close()
         groups = self.device_group, self.cpu_group, self.control_group
         for group in {id(g): g for g in groups if g}.values():
             group.shutdown()

@@ -7,11 +7,11 @@ block-table rows. Knows whole numbers only.
 import torch
 
 from tprt.errors import RankMismatch
+from tprt.kernels.noise import GOLDEN, MIX_1, MIX_2, signed
 
 FIELDS = ("record", "token ids", "positions", "block tables")
 
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+_GOLDEN, _MIX_1, _MIX_2 = signed(GOLDEN), signed(MIX_1), signed(MIX_2)
 
 
 def digest(checksum: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:

@@ -11,12 +11,14 @@ Knows shapes, buffers and graphs: no models, no sampling.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from tprt.engine.step_record import MAX_BANS, MAX_BUCKET, Ints, StepRecord, bucket_of
-from tprt.engine.transfer import upload
+from tprt.engine.transfer import staged
+from tprt.errors import TprtError, out_of_memory
 
 # Warm-up before a capture: kernels are compiled, cuBLAS and NCCL set themselves up.
 WARM_UP_RUNS = 2
@@ -60,7 +62,7 @@ class DecodeBuffers:
     def load(self, record: StepRecord, checksum: int, bucket: int, full: bool) -> None:
         """Fill in a decode step; rows past its own are padding."""
         words = pack_step(record, checksum, bucket, full, self.scratch_slot)
-        self._in[: len(words)].copy_(upload(words, self.device), non_blocking=True)
+        self._in[: len(words)].copy_(staged(words, self.device), non_blocking=True)
 
     def keep_logits(self, logits: torch.Tensor) -> None:
         """Copy float32 [bucket, part] to where it outlives the step."""
@@ -101,6 +103,7 @@ class GraphRunner:
         start, so it may read nothing on the host that changes later.
     max_rows: rows of the largest step; buckets up to it and no further than MAX_BUCKET are made.
     stream: where a GPU's work is queued; None on a CPU.
+    full: whether steps of the full kind can be captured too.
     """
 
     def __init__(
@@ -109,7 +112,9 @@ class GraphRunner:
         max_rows: int,
         device: torch.device,
         stream: torch.cuda.Stream | None,
+        full: bool = True,
     ) -> None:
+        self._kinds = (True, False) if full else (False,)
         self.buckets = sorted({bucket_of(n) for n in range(1, min(max_rows, MAX_BUCKET) + 1)})
         self._step, self._device, self._stream = step, device, stream
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
@@ -121,14 +126,20 @@ class GraphRunner:
 
     def serves(self, record: StepRecord) -> bool:
         """Whether a graph holds this step; the same answer on every rank."""
-        return record.graph_key != 0 and bucket_of(len(record.rows)) <= self.buckets[-1]
+        kind = record.full or record.logprobs >= 0
+        if record.graph_key == 0 or kind not in self._kinds:
+            return False
+        return bucket_of(len(record.rows)) <= self.buckets[-1]
 
     def capture(self) -> None:
         """Make a graph of every bucket and kind, largest first so that all share its memory.
 
         Collective: every rank captures in the same order, and NCCL is warm after the first run.
+
+        Raises:
+            TprtError: a step cannot be captured here.
         """
-        order = [(bucket, full) for bucket in reversed(self.buckets) for full in (True, False)]
+        order = [(bucket, full) for bucket in reversed(self.buckets) for full in self._kinds]
         if self._stream is None:
             self._graphs = dict.fromkeys(order)
             return
@@ -137,13 +148,25 @@ class GraphRunner:
             for bucket, full in order:
                 for _ in range(WARM_UP_RUNS):
                     self._step(bucket, full)
-                graph = torch.cuda.CUDAGraph()
-                # Other threads, the caller's and NCCL's, may use CUDA meanwhile.
-                with torch.cuda.graph(
-                    graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    self._step(bucket, full)
-                self._graphs[bucket, full] = graph
+                self._graphs[bucket, full] = self._capture(bucket, full, pool)
+
+    def _capture(self, bucket: int, full: bool, pool: Any) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, the caller's and NCCL's, may use CUDA meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                self._step(bucket, full)
+        except RuntimeError as error:
+            if out_of_memory(error) is not None:
+                raise
+            raise TprtError(
+                f"a decode step of {bucket} rows ({'full' if full else 'plain'} sampling) cannot be "
+                f"captured: {str(error).splitlines()[0]}",
+                hint="engine.enforce_eager=true runs without CUDA graphs",
+            ) from error
+        return graph
 
     def run(self, bucket: int, full: bool) -> None:
         """One step, from what the buffers hold. Never captures: a key it does not know is a bug."""

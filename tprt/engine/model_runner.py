@@ -36,8 +36,14 @@ from tprt.engine.step_record import (
     bucket_of,
 )
 from tprt.engine.transfer import Download, download, upload
+from tprt.errors import StepTimeout
 from tprt.kernels import kernels_for
+from tprt.log import get_logger
 from tprt.models.persimmon import PersimmonForCausalLM
+
+logger = get_logger(__name__)
+
+CLOSE_SECONDS = 10.0  # for the last step to end
 
 
 @dataclass
@@ -128,7 +134,11 @@ class ModelRunner:
             self.buffers = DecodeBuffers(bucket_of(most), self.num_digests, max_num_seqs, device)
         self.graphs: GraphRunner | None = None
         if not enforce_eager:
-            self.graphs = GraphRunner(self._decode, most, device, self.stream)
+            if not tp.graphs_hold_all:
+                most = min(most, tp.one_shot.max_rows)
+            self.graphs = GraphRunner(
+                self._decode, most, device, self.stream, full=tp.graphs_hold_all
+            )
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -175,7 +185,16 @@ class ModelRunner:
     def close(self) -> None:
         """Destroy the graphs. Afterwards the communicators may go."""
         if self.stream is not None:
-            self.stream.synchronize()
+            with self._on_device():
+                last = download((self.no_digest,))
+            try:
+                last.wait(-1, CLOSE_SECONDS)
+            except StepTimeout:
+                # A kernel that waits for a peer never ends: what it runs in cannot be destroyed.
+                logger.warning(
+                    "the device does not finish its last step; its graphs are left behind"
+                )
+                return
         if self.graphs is not None:
             self.graphs.close()
 

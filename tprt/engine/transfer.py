@@ -12,13 +12,17 @@ from tprt.errors import StepTimeout
 SPIN_SECONDS = 0.002  # a step that ends within this is not worth a sleep
 
 
-def upload(words: NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    """A copy of ``words`` on ``device``, in stream order; the host may go on, and reuse ``words``."""
+def staged(words: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A copy of ``words`` on the host from which ``device`` can be filled without waiting."""
     host = torch.from_numpy(np.array(words, dtype=np.int64, order="C"))
-    if device.type != "cuda":
-        return host
-    # Pageable memory would make the copy wait for everything before it.
-    return host.pin_memory().to(device, non_blocking=True)
+    # Pageable memory would make the copy wait for everything before it. torch keeps pinned memory
+    # until the copies from it are over.
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def upload(words: NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """``words`` on ``device``, in stream order; the host may go on, and reuse ``words``."""
+    return staged(words, device).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

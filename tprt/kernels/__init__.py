@@ -7,6 +7,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 
@@ -26,13 +27,20 @@ __all__ = [
     "use_kernels",
 ]
 
-_choice: ContextVar[str] = ContextVar("kernels", default="auto")
+
+@dataclass(frozen=True)
+class _Choice:
+    name: str
+    made: dict[str, Kernels] = field(default_factory=dict)  # by device; layers share one
+
+
+_choice: ContextVar[_Choice | None] = ContextVar("kernels", default=None)
 
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """Layers made inside get the body ``name``: "auto", "reference" or "triton"."""
-    token = _choice.set(name)
+    """Layers made inside share one body: "auto", "reference" or "triton"."""
+    token = _choice.set(_Choice(name))
     try:
         yield
     finally:
@@ -45,7 +53,13 @@ def kernels_for(device: torch.device) -> Kernels:
     Raises:
         ConfigError: Triton was asked for where it cannot run.
     """
-    name = _choice.get()
+    choice = _choice.get() or _Choice("auto")
+    if str(device) not in choice.made:
+        choice.made[str(device)] = _make(choice.name, device)
+    return choice.made[str(device)]
+
+
+def _make(name: str, device: torch.device) -> Kernels:
     if name == "reference" or device.type == "meta":
         return ReferenceKernels()
     if name == "auto" and device.type == "cpu":

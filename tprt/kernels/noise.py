@@ -12,25 +12,25 @@ NON_FINITE = -1
 _MASK = 2**64 - 1
 # Odd constants of splitmix64 and of Stafford's mixers, as signed 64-bit numbers: torch's int64
 # arithmetic wraps, Python's does not.
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _signed(x: int) -> int:
+def signed(x: int) -> int:
     x &= _MASK
     return x - 2**64 if x >= 2**63 else x
 
 
 def _splitmix(x: int) -> int:
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    x = (x + GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * MIX_2) & _MASK
     return x ^ (x >> 31)
 
 
 def sequence_key(seed: int, index: int) -> int:
     """Signed 64-bit key of one completion: its request's seed and its index among ``n``."""
-    return _signed(_splitmix(_splitmix(seed & _MASK) ^ (index & _MASK)))
+    return signed(_splitmix(_splitmix(seed & _MASK) ^ (index & _MASK)))
 
 
 def arrival_seed(engine_seed: int, arrival: int) -> int:
@@ -41,7 +41,7 @@ def arrival_seed(engine_seed: int, arrival: int) -> int:
 def token_table(first_id: int, count: int, device: torch.device) -> torch.Tensor:
     """int64 [count]: the ids of this rank's vocabulary, spread over 64 bits once for all steps."""
     ids = torch.arange(first_id, first_id + count, dtype=torch.int64, device=device)
-    return (ids + 1) * _signed(_GOLDEN)
+    return (ids + 1) * signed(GOLDEN)
 
 
 def gumbel(keys: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -51,10 +51,10 @@ def gumbel(keys: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> 
         keys: int64 [R] of ``sequence_key``; positions: int64 [R], of the token being drawn.
         table: int64 [V] of ``token_table``.
     """
-    row = (keys ^ (positions * _signed(_MIX_2))) * _signed(_MIX_1)
+    row = (keys ^ (positions * signed(MIX_2))) * signed(MIX_1)
     row = row ^ (row >> 32)
-    x = (table ^ row.unsqueeze(1)) * _signed(_MIX_1)
-    x = (x ^ (x >> 32)) * _signed(_MIX_2)
+    x = (table ^ row.unsqueeze(1)) * signed(MIX_1)
+    x = (x ^ (x >> 32)) * signed(MIX_2)
     bits = (x >> 32) + 2**31  # a uniform 32-bit number; the shift is arithmetic
     # u in (0, 1): exact where small, so that -log(1 - u), and with it the noise's upper tail, is
     # exact too. The factor keeps the largest u below 1 in float32.

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from tprt.distributed.communication import all_reduce
+from tprt.distributed.communication import all_reduce, one_shot_for
 from tprt.distributed.sharding import ShardSpec, cut, replicated
 from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import Norm, kernels_for
@@ -88,4 +88,6 @@ class RowParallelLinear(ParallelLinear):
         if self.tp.size == 1:
             return self.kernels.linear_add_layer_norm(x, self.weight, self.bias, residual, norm)
         partial = self.kernels.linear(x, self.weight)
+        if (fused := one_shot_for(partial, self.tp)) is not None:
+            return fused.all_reduce_add_layer_norm(partial, self.bias, residual, norm)
         return self.kernels.add_layer_norm(all_reduce(partial, self.tp), self.bias, residual, norm)

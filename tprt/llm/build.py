@@ -8,15 +8,38 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from tprt.config import EngineConfig
+from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.model_runner import ModelRunner
-from tprt.kernels import use_kernels
+from tprt.kernels import kernels_for, use_kernels
+from tprt.kernels.warm_up import LayerSizes, compile_kernels
 from tprt.llm.memory import MemoryPlan, agree_on_blocks, compare_with_plan
 from tprt.llm.startup import together
 from tprt.models.persimmon import PersimmonForCausalLM
 
 Phase = Callable[[str], AbstractContextManager[object]]
+
+
+def kernels_to_compile(
+    config: PersimmonConfig, tp: TPGroup, engine: EngineConfig
+) -> Callable[[], None]:
+    """What compiles the kernels of this rank, on the current stream."""
+    sizes = LayerSizes(
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads // tp.size,
+        head_dim=config.head_dim,
+        rotary_dim=config.rotary_dim,
+        intermediate_size=config.intermediate_size // tp.size,
+        block_size=engine.block_size,
+        dtype=getattr(torch, engine.dtype),
+        head_norms=config.qk_layernorm != "none",
+    )
+
+    def compile_them() -> None:
+        with use_kernels(engine.kernels):
+            compile_kernels(kernels_for(tp.device), sizes, tp.device)
+
+    return compile_them
 
 
 def build_runner(
@@ -58,6 +81,9 @@ def build_runner(
     runner = together(tp, make)
 
     def prepare() -> None:
+        if tp.device.type == "cuda":
+            # Each stream keeps memory of its own: what loading has left cannot serve steps.
+            torch.cuda.empty_cache()
         with phase("warm-up"):
             runner.warm_up(engine.max_num_batched_tokens)
         with phase("capture"):

@@ -29,7 +29,7 @@ from tprt.engine.streaming import RequestStream
 from tprt.errors import ConfigError, OutputError, PeerLost, RankMismatch
 from tprt.kernels import use_kernels
 from tprt.llm.arguments import pair
-from tprt.llm.build import build_runner
+from tprt.llm.build import build_runner, kernels_to_compile
 from tprt.llm.memory import check_memory
 from tprt.llm.startup import (
     as_tprt_error,
@@ -40,8 +40,10 @@ from tprt.llm.startup import (
     open_tokenizer,
     resolve_rotary_precision,
     same_file,
+    settle_collectives,
     together,
 )
+from tprt.llm.timing import StartupTimes, beside, log_startup, seconds_since_start
 from tprt.log import get_logger
 from tprt.models import get_model_class
 from tprt.sampling_params import SamplingParams
@@ -50,6 +52,7 @@ from tprt.tokenizer import check_vocab, eos_warnings
 logger = get_logger(__name__)
 
 Progress = Callable[[int, int], None]
+_IMPORTED = seconds_since_start()
 
 
 class LLM:
@@ -88,6 +91,7 @@ class LLM:
         **engine: Any,
     ) -> None:
         began = time.perf_counter()
+        times = StartupTimes(_IMPORTED)
         self.engine_config = engine_config(dtype, engine)
         reader = open_checkpoint(str(model), verify=verify)
         self.config = reader.config
@@ -108,8 +112,13 @@ class LLM:
         self.tp = init_tp_group(group, device)
         try:
             check_ranks_agree(self.tp, self._facts(reader))
+            self.tp, self.engine_config = settle_collectives(
+                self.tp, self.engine_config, self.config.hidden_size
+            )
             with use_kernels(self.engine_config.kernels):
-                self._build(reader)
+                kernels = kernels_to_compile(self.config, self.tp, self.engine_config)
+                self._build(reader, times, kernels)
+            log_startup(self.tp, times)
         except BaseException:
             self.tp.close()
             raise
@@ -133,21 +142,35 @@ class LLM:
             time.perf_counter() - began,
         )
 
-    def _build(self, reader: CheckpointReader) -> None:
+    def _build(
+        self,
+        reader: CheckpointReader,
+        times: StartupTimes,
+        compile_kernels: Callable[[], None] | None = None,
+    ) -> None:
+        """Load the model and make its engine; ``compile_kernels`` runs while weights come to a GPU."""
         dtype, block_size = getattr(torch, self.engine_config.dtype), self.engine_config.block_size
 
         def load() -> Any:
             model = get_model_class(self.config.model_type)(
                 self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
             ).eval()
-            load_weights(model, reader)
+            ahead = compile_kernels if self.tp.device.type == "cuda" else None
+            with beside(ahead, self.tp.device, times.phase("warm-up")), times.phase("load"):
+                times.load = load_weights(model, reader)
             model.finish_loading()
             return model
 
         plan = check_memory(self.tp, self.config, self.engine_config)
         model = together(self.tp, load)
         runner, num_blocks = build_runner(
-            model, self.tp, self.engine_config, plan, self.max_model_len, self.num_valid_ids
+            model,
+            self.tp,
+            self.engine_config,
+            plan,
+            self.max_model_len,
+            self.num_valid_ids,
+            times.phase,
         )
         self._record_file = together(
             self.tp,

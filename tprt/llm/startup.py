@@ -14,6 +14,8 @@ from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
 from tprt.distributed.communication import gather_json
 from tprt.distributed.self_test import check_captured_collectives
 from tprt.distributed.tp_group import TPGroup
+from tprt.engine.digest import FIELDS
+from tprt.engine.step_record import MAX_BUCKET
 from tprt.errors import (
     ConfigError,
     OutputError,
@@ -26,6 +28,11 @@ from tprt.log import get_logger
 from tprt.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
+
+# Up to here one kernel beats NCCL on 8 GPUs of one host and below; its programs, one per row, must all
+# be on the GPU at once.
+ONE_SHOT_BYTES, ONE_SHOT_ROWS = 512 * 2**10, 64
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 T = TypeVar("T")
 
 
@@ -77,16 +84,54 @@ def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:
                 )
 
 
-def settle_graphs(tp: TPGroup, engine: EngineConfig) -> tuple[TPGroup, EngineConfig]:
-    """Without CUDA graphs where collectives do not survive in them; the log says why. Collective."""
-    if tp.device.type != "cuda" or tp.size == 1 or engine.enforce_eager:
+def settle_collectives(
+    tp: TPGroup, engine: EngineConfig, hidden_size: int
+) -> tuple[TPGroup, EngineConfig]:
+    """Which bodies the collectives get, and whether CUDA graphs may hold them. Collective.
+
+    What falls away at start falls away on every rank, and the log names the reason.
+    """
+    if tp.device.type != "cuda" or tp.size == 1:
         return tp, engine
-    tp, reason = check_captured_collectives(tp)
-    if not reason:
-        return tp, engine
+    if not engine.enforce_eager and tp.graphs_hold_all:
+        tp, reason = check_captured_collectives(tp)
+        if reason:
+            _say(tp, f"decode steps run without CUDA graphs: {reason}")
+            engine = replace(engine, enforce_eager=True)
+    if engine.one_shot_all_reduce and engine.kernels != "reference":
+        shared, reason = _share_memory(tp, engine, hidden_size)
+        if not reason and not engine.enforce_eager:
+            shared, reason = check_captured_collectives(shared)
+        if reason:
+            _say(tp, f"small sums go through the communicator: {reason}")
+            if shared.shared_memory is not None:
+                shared.shared_memory.close()
+        else:
+            tp = shared
+    if tp.one_shot is None and not tp.graphs_hold_all and not engine.enforce_eager:
+        _say(tp, "decode steps run without CUDA graphs: ranks that share a GPU have no NCCL")
+        engine = replace(engine, enforce_eager=True)
+    return tp, engine
+
+
+def _say(tp: TPGroup, text: str) -> None:
     if tp.rank == 0:
-        logger.warning("decode steps run without CUDA graphs: %s", reason)
-    return tp, replace(engine, enforce_eager=True)
+        logger.warning("%s", text)
+
+
+def _share_memory(tp: TPGroup, engine: EngineConfig, hidden_size: int) -> tuple[TPGroup, str]:
+    from tprt.distributed.symmetric_memory import make_symmetric_buffers
+    from tprt.kernels.triton_ops.one_shot import OneShot, buffer_bytes
+
+    itemsize = DTYPE_BYTES[engine.dtype]
+    # A row of the hidden size, or one rank's tokens and digests; whole 16 bytes.
+    row_bytes = -(-max(hidden_size * itemsize, 8 * (MAX_BUCKET + len(FIELDS))) // 16) * 16
+    rows = min(ONE_SHOT_ROWS, max(1, ONE_SHOT_BYTES // row_bytes))
+    buffers, reason = make_symmetric_buffers(tp, buffer_bytes(rows, row_bytes))
+    if buffers is None:
+        return tp, reason
+    one_shot = OneShot(buffers.addresses, tp.rank, rows, row_bytes)
+    return replace(tp, one_shot=one_shot, shared_memory=buffers), ""
 
 
 def together(tp: TPGroup, work: Callable[[], T]) -> T:

@@ -1,0 +1,328 @@
+"""Every kernel compiled for an H100 or H200, without one: no spills, wide reads, the same order of sums.
+
+A process of its own compiles, as this one may interpret. There ``CALLS`` are made with tensors that have
+no memory, and a launch compiles what it would have run: a new kernel needs a call here, nothing else.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+
+ROOT = Path(__file__).resolve().parent.parent
+SM_90 = 90
+F32, BF16, F16, I64 = torch.float32, torch.bfloat16, torch.float16, torch.int64
+# Persimmon-8B.
+HIDDEN, MLP, VOCAB, NUM_HEADS, HEAD_DIM, ROTARY = 4096, 16384, 262144, 64, 64, 32
+BLOCK_SIZE, BLOCKS = 16, 1000
+MATRICES = {
+    "query_key_value": (3 * HIDDEN, HIDDEN),
+    "dense": (HIDDEN, HIDDEN),
+    "dense_h_to_4h": (MLP, HIDDEN),
+    "dense_4h_to_h": (HIDDEN, MLP),
+    "lm_head": (VOCAB, HIDDEN),
+}
+CALLS: dict[str, Callable[[], object]] = {}
+
+
+def t(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def norm_of(width: int) -> Any:
+    from tprt.kernels import Norm
+
+    return Norm(t(width), t(width), 1e-5)
+
+
+def call(function: Callable[[], object]) -> Callable[[], object]:
+    CALLS[function.__name__] = function
+    return function
+
+
+@call
+def layer_norm() -> None:
+    from tprt.kernels.triton_ops import norm
+
+    norm.layer_norm(t(3, HIDDEN), norm_of(HIDDEN))
+
+
+@call
+def add_layer_norm() -> None:
+    from tprt.kernels.triton_ops import norm
+
+    for x in (t(3, HIDDEN, dtype=F32), t(3, HIDDEN), t(32, 3, HIDDEN, dtype=F32)):
+        norm.add_layer_norm(x, t(HIDDEN), t(3, HIDDEN), norm_of(HIDDEN))
+
+
+@call
+def wide_norms() -> None:
+    from tprt.kernels.triton_ops import norm
+
+    norm.add_layer_norm(t(9, 2, MLP, dtype=F32), t(MLP), t(2, MLP), norm_of(MLP))
+
+
+@call
+def qk_norm_rotary_store() -> None:
+    from tprt.kernels import HeadNorms
+    from tprt.kernels.triton_ops import rotary
+
+    for dim, rotary_dim in ((HEAD_DIM, ROTARY), (128, 64), (80, 80)):
+        vectors = t(NUM_HEADS, 2, dim, dtype=F32)
+        angles = t(2, 1, 1, rotary_dim, dtype=F32)
+        cache = t(BLOCKS, 2, BLOCK_SIZE, NUM_HEADS, dim)
+        rotary.qk_norm_rotary_store(
+            t(2, NUM_HEADS, 3, dim), HeadNorms(vectors, vectors, 1e-5), angles, angles, cache,
+            t(2, 2, dtype=I64),
+        )  # fmt: skip
+
+
+def product(n: int, k: int, rows: int, dtype: torch.dtype = BF16) -> None:
+    from tprt.kernels.triton_ops import linear, tiles
+
+    linear.linear(t(rows, k, dtype=dtype), t(n, k, dtype=dtype), None, tiles.Tiles())
+
+
+# Without a bias there is nothing to read but weights and x.
+PRODUCTS = {
+    f"{name}_{rows}": partial(product, n, k, rows)
+    for name, (n, k) in MATRICES.items()
+    for rows in (1, 2, 16)
+}
+PRODUCTS |= {f"float32_{rows}": partial(product, HIDDEN, HIDDEN, rows, F32) for rows in (1, 2, 16)}
+CALLS |= PRODUCTS
+
+
+@call
+def fma_of_four_rows() -> None:
+    from tprt.kernels.triton_ops import linear, tiles
+
+    tile = tiles.default_plan(HIDDEN, HIDDEN, BF16).fma
+    linear.product(t(tiles.MAX_FMA_ROWS, HIDDEN), t(HIDDEN, HIDDEN), tile)
+
+
+@call
+def linear_squared_relu() -> None:
+    from tprt.kernels.triton_ops import linear, tiles
+
+    for rows, dtype in ((1, BF16), (16, BF16), (2, F16), (16, F16), (17, F16)):
+        x, weight, bias = (
+            t(rows, HIDDEN, dtype=dtype),
+            t(MLP, HIDDEN, dtype=dtype),
+            t(MLP, dtype=dtype),
+        )
+        linear.linear_squared_relu(x, weight, bias, tiles.Tiles())
+
+
+@call
+def linear_unrounded() -> None:
+    from tprt.kernels.triton_ops import linear, tiles
+
+    for rows in (1, 16):
+        linear.linear_unrounded(t(rows, HIDDEN), t(HIDDEN, HIDDEN), tiles.Tiles())
+
+
+def noise_of(rows: int, all_greedy: bool) -> Any:
+    from tprt.kernels import Noise
+
+    fields = (t(rows, dtype=dtype) for dtype in (F32, torch.bool, I64, I64))
+    return Noise(*fields, all_greedy=all_greedy)
+
+
+@call
+def head() -> None:
+    from tprt.kernels.triton_ops import head
+
+    for all_greedy in (True, False):
+        noise = noise_of(2, all_greedy)
+        head.linear_argmax(t(2, HIDDEN), t(VOCAB, HIDDEN), noise, 0, VOCAB)
+        head.argmax(t(2, VOCAB, dtype=F32), noise, 0, VOCAB)
+
+
+def attention(dim: int, dtype: torch.dtype) -> tuple[Any, Callable[[int, Any], None]]:
+    """A planner, and what runs its plan for a number of tokens."""
+    from tprt.kernels.triton_ops.attention import TritonAttention
+
+    planner = TritonAttention(BLOCK_SIZE, NUM_HEADS, dim, dtype, torch.device("meta"))
+    cache = t(BLOCKS, 2, BLOCK_SIZE, NUM_HEADS, dim, dtype=dtype)
+    return planner, lambda tokens, plan: plan(t(tokens, NUM_HEADS, dim, dtype=dtype), cache, 0.125)
+
+
+@call
+def decode_attention() -> None:
+    for dim, dtype in ((HEAD_DIM, BF16), (HEAD_DIM, F32), (128, F16)):
+        planner, run = attention(dim, dtype)
+        run(2, planner.plan_decode(t(2, BLOCKS, dtype=I64), t(2, dtype=I64)))
+        if dtype == BF16:
+            run(2, planner.plan_decode(t(2, 1, dtype=I64), t(2, dtype=I64)))  # a single chunk
+            run(2, planner.plan(t(2, BLOCKS, dtype=I64), (1, 1), (5000, 60)))
+
+
+@call
+def prefill_attention() -> None:
+    for dim, dtype in ((HEAD_DIM, BF16), (128, F16), (HEAD_DIM, F32)):
+        planner, run = attention(dim, dtype)
+        for tokens in (5, 50, 500) if dtype == BF16 else (500,):
+            run(tokens, planner.plan(t(1, BLOCKS, dtype=I64), (tokens,), (100,)))
+
+
+@call
+def one_shot() -> None:
+    from tprt.kernels.triton_ops.one_shot import OneShot
+
+    group = OneShot(t(8, dtype=I64), rank=1, max_rows=32, row_bytes=4 * HIDDEN)
+    for partial_sum in (t(3, HIDDEN), t(3, HIDDEN, dtype=F32)):
+        group.all_reduce(partial_sum)
+        group.all_reduce_add_layer_norm(partial_sum, t(HIDDEN), t(3, HIDDEN), norm_of(HIDDEN))
+    group.publish(t(3, HIDDEN))
+    group.all_gather(t(64, dtype=I64))
+
+
+def ptxas() -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return get_ptxas(SM_90).path
+
+
+class NoDevice:
+    """A driver that can name a device, for code that compiles and never launches."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", SM_90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def compile_all() -> dict[str, Any]:
+    """Of each call its kernels, as ``describe`` does, or the traceback of what went wrong."""
+    triton.runtime.driver.set_active(NoDevice())
+    kernels: list[Any] = []
+    run = triton.runtime.JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        kernels.append((self.fn.__name__, kernel))
+        return kernel
+
+    triton.runtime.JITFunction.run = compile_only
+    described: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
+    for name, function in CALLS.items():
+        kernels.clear()
+        try:
+            function()
+            for kernel_name, kernel in kernels:
+                if kernel.hash not in described:
+                    described[kernel.hash] = describe(kernel_name, kernel)
+            found[name] = [described[kernel.hash] for _, kernel in kernels]
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+def describe(name: str, kernel: Any) -> dict[str, Any]:
+    ptx, layouts = kernel.asm["ptx"], kernel.asm["ttgir"]
+    command = [ptxas(), "-v", f"-arch=sm_{SM_90}a", "-o", os.devnull, "/dev/stdin"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True)
+    counts = [int(n) for n in re.findall(r"(\d+) bytes (?:spill|stack)", done.stderr)]
+    assert len(counts) >= 2, done.stderr
+    return {
+        "kernel": name,
+        "spilled": sum(counts),
+        "registers": int(re.findall(r"Used (\d+) registers", done.stderr)[0]),
+        "shared": kernel.metadata.shared,
+        "reads": Counter(read_widths(ptx)),
+        "reductions": sorted(set(reduction_layouts(layouts))),
+    }
+
+
+def read_widths(ptx: str) -> list[int]:
+    """Bytes that one thread gets of each load from global memory in the text of a kernel."""
+    plain = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bfus](\d+)\s", ptx)
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (\w+)", ptx)
+    return [int(n or 1) * int(bits) // 8 for n, bits in plain] + [int(n, 0) for n in copies]
+
+
+def reduction_layouts(ttgir: str) -> list[str]:
+    """Of each reduction, in full: over which axis of what, and how that lies in threads."""
+    aliases = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(
+        r'"tt\.reduce"\(.*?<\{axis = (\d)[^>]*>.*?\}\) : \((tensor<.*?)\) ->', ttgir, re.DOTALL
+    )
+    return [
+        f"axis {axis} of " + re.sub(r"#\w+\b(?!\.)", lambda m: aliases.get(m[0], m[0]), of)
+        for axis, of in found
+    ]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    try:
+        ptxas()
+    except Exception as error:  # each release of Triton has one of its own
+        pytest.skip(f"this Triton brings no ptxas: {error}")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_kernels_compile_and_spill_nothing(name, compiled):
+    kernels = compiled[name]
+    assert not isinstance(kernels, str), kernels
+    assert kernels
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= 227 * 1024, kernel
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_weights_are_read_16_bytes_at_a_time(name, compiled):
+    (kernel,) = compiled[name]
+    assert set(kernel["reads"]) == {"16"}, kernel
+    weights_in_flight = 3 if name.endswith("_16") else 8
+    assert kernel["reads"]["16"] >= weights_in_flight
+
+
+def test_a_row_is_summed_in_the_same_order_among_any_number_of_rows(compiled):
+    one, two = compiled["dense_1"][0], compiled["dense_2"][0]
+    four = compiled["fma_of_four_rows"][0]
+    assert len(one["reductions"]) == 2, "within a thread, then over all of them"
+    assert one["reductions"] == two["reductions"] == four["reductions"]
+    first, *others = compiled["layer_norm"] + compiled["add_layer_norm"]
+    assert len(others) == 3 and first["reductions"]
+    assert all(other["reductions"] == first["reductions"] for other in others)
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))

@@ -1,0 +1,18 @@
+"""Rounding, as GPUs do it, also where Triton's interpreter runs the kernels."""
+
+import triton
+import triton.language as tl
+
+# Whether kernels defined from here on are interpreted: on the CPU, with numpy.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 -> ``dtype``, to nearest, ties to even. The interpreter cuts bfloat16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        nearest = nearest.to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)  # the carry would turn some NaN into a number
+    return x.to(dtype)

@@ -1,0 +1,116 @@
+"""Runs every operation once on empty tensors, so that what has to be compiled is, while weights load.
+
+Knows sizes only. A kernel that is missed here is compiled at its first use, which is part of the start.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tprt.kernels.interface import HeadNorms, Kernels, Noise, Norm
+
+# Triton compiles one kernel for 1, for multiples of 16 and for other numbers; tiles depend on rows too.
+ROWS = (1, 2, 4, 8, 16, 24, 32)
+CHUNKS = (16, 64, 512)  # lengths of chunks that have tiles of their own
+VOCAB_ROWS = 1024  # of the head: its length only decides how many programs run
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """What the operations of one rank's layers work on.
+
+    Args:
+        num_heads, intermediate_size: of this rank.
+        head_norms: whether queries and keys have LayerNorms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    rotary_dim: int
+    intermediate_size: int
+    block_size: int
+    dtype: torch.dtype
+    head_norms: bool
+
+
+@torch.inference_mode()
+def compile_kernels(kernels: Kernels, sizes: LayerSizes, device: torch.device) -> None:
+    """Call each operation at each class of sizes, on the current stream."""
+    warm = _WarmUp(kernels, sizes, device)
+    for rows in ROWS:
+        warm.layer(rows)
+        warm.head(rows)
+    for tokens in CHUNKS:
+        warm.layer(tokens)
+        warm.attend([tokens])
+
+
+class _WarmUp:
+    def __init__(self, kernels: Kernels, sizes: LayerSizes, device: torch.device) -> None:
+        self.kernels, self.sizes, self.device = kernels, sizes, device
+        hidden, ffn = sizes.hidden_size, sizes.intermediate_size
+        heads = sizes.num_heads * sizes.head_dim
+        # One memory for all matrices: rows of any of them are as good as others'.
+        largest = max(3 * heads, ffn, VOCAB_ROWS) * hidden
+        self.memory = torch.zeros(max(largest, ffn * hidden), dtype=sizes.dtype, device=device)
+        self.qkv, self.up = self.matrix(3 * heads, hidden), self.matrix(ffn, hidden)
+        self.down, self.out = self.matrix(hidden, ffn), self.matrix(hidden, heads)
+        self.norm = Norm(self.zeros(hidden), self.zeros(hidden), 1e-5)
+        blocks = -(-max(CHUNKS) // sizes.block_size)
+        shape = (blocks, 2, sizes.block_size, sizes.num_heads, sizes.head_dim)
+        self.cache = self.zeros(*shape)
+        self.planner = kernels.attention(
+            sizes.block_size, sizes.num_heads, sizes.head_dim, sizes.dtype
+        )
+
+    def zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=self.sizes.dtype, device=self.device)
+
+    def matrix(self, rows: int, columns: int) -> torch.Tensor:
+        return self.memory[: rows * columns].view(rows, columns)
+
+    def layer(self, tokens: int) -> None:
+        """The operations of a layer for one token of each sequence, with and without other ranks."""
+        s, kernels, norm = self.sizes, self.kernels, self.norm
+        x = self.zeros(tokens, s.hidden_size)
+        h = kernels.layer_norm(x, norm)
+        qkv = kernels.linear(h, self.qkv, self.zeros(len(self.qkv)))
+        angles = torch.zeros(tokens, 1, 1, s.rotary_dim, device=self.device)
+        slots = torch.zeros(2, tokens, dtype=torch.int64, device=self.device)
+        norms = None
+        if s.head_norms:
+            weight = torch.zeros(s.num_heads, 2, s.head_dim, device=self.device)
+            norms = HeadNorms(weight, weight, 1e-5)
+        shaped = qkv.view(tokens, s.num_heads, 3, s.head_dim)
+        q = kernels.qk_norm_rotary_store(shaped, norms, angles, angles, self.cache, slots)
+        tables = torch.zeros(tokens, len(self.cache), dtype=torch.int64, device=self.device)
+        ones = torch.ones(tokens, dtype=torch.int64, device=self.device)
+        context = self.planner.plan_decode(tables, ones)(q, self.cache, 1.0).flatten(1)
+        for weight, activation in (
+            (self.out, context),
+            (self.down, kernels.linear_squared_relu(h, self.up, self.zeros(len(self.up)))),
+        ):
+            bias = norm.bias
+            kernels.linear_add_layer_norm(activation, weight, bias, x, norm)
+            kernels.add_layer_norm(kernels.linear(activation, weight), bias, x, norm)
+
+    def attend(self, query_lens: list[int]) -> None:
+        """Chunks of prompts, at the beginning of their sequences and behind one token."""
+        s, tokens = self.sizes, sum(query_lens)
+        q = self.zeros(tokens, s.num_heads, s.head_dim)
+        tables = torch.zeros(
+            len(query_lens), 2 * len(self.cache), dtype=torch.int64, device=self.device
+        )
+        for cached in (0, 1):
+            plan = self.planner.plan(tables, query_lens, [cached] * len(query_lens))
+            plan(q, self.cache, 1.0)
+
+    def head(self, rows: int) -> None:
+        hidden = self.zeros(rows, self.sizes.hidden_size)
+        weight = self.matrix(VOCAB_ROWS, self.sizes.hidden_size)
+        numbers = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        temperature = torch.ones(rows, device=self.device)
+        noise = Noise(temperature, numbers.bool(), numbers, numbers)
+        self.kernels.linear_argmax(hidden, weight, noise, 0, VOCAB_ROWS)
+        self.kernels.argmax(self.kernels.logits(hidden, weight), noise, 0, VOCAB_ROWS)
