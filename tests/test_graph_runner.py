@@ -15,8 +15,10 @@ from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine import graph_runner, transfer
 from tprt.engine.graph_runner import GraphRunner, pack_step
+from tprt.engine.model_runner import ModelRunner
 from tprt.engine.step_record import DRAW, MAX_BANS, MAX_BUCKET, Kind, StepRecord, bucket_of
 from tprt.errors import StepTimeout
+from tprt.models.persimmon import PersimmonForCausalLM
 
 TOY = PersimmonConfig(
     vocab_size=96,
@@ -203,3 +205,25 @@ def test_garbage_collection_is_off_during_capture_and_back_afterwards():
     with graph_runner._no_garbage_collection():
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_decode_step_looks_at_no_value(full):
+    """On the meta device there are none: an operation that needs one on the host raises here.
+
+    What passes can be captured as far as torch's operations go; the kernels' launches are not covered.
+    """
+    tp = TPGroup(device=torch.device("meta"))
+    model = PersimmonForCausalLM(TOY, tp, torch.float32)
+    runner = ModelRunner(
+        model, tp, torch.float32, num_blocks=9, block_size=4, max_num_seqs=6, max_model_len=32,
+        num_valid=90,
+    )  # fmt: skip
+    runner.stream = object()  # as on a GPU, where hints of the host are not taken
+    with torch.inference_mode():
+        runner.state.make_tables()
+        for bucket in (1, 8):
+            runner._decode(bucket, full)
+    assert runner.buffers.logits is None or runner.buffers.logits.shape == (8, 96)
+    with pytest.raises(RuntimeError, match="meta"):
+        runner.buffers.tokens.tolist()

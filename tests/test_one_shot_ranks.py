@@ -28,6 +28,7 @@ TOY = PersimmonConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
+LONG = replace(TOY, head_dim=16, hidden_size=64, max_position_embeddings=256)
 ROWS, ROW_BYTES = 4, 256
 
 
@@ -90,3 +91,39 @@ def test_two_ranks_over_shared_memory_draw_the_tokens_of_one(tmp_path):
     # Two for each layer and one for the embedding, in every step of at most ROWS tokens.
     assert sums == others and sums >= 5 * (2 * TOY.num_hidden_layers + 1)
     assert 8 * (ROWS + len(FIELDS)) <= ROW_BYTES
+
+
+def _on_one_gpu(new_tokens: int) -> tuple[list[list[int]], int, bool]:
+    """Greedy and sampled tokens, how many graphs there are, and whether sums went one-shot."""
+    from tprt.llm.startup import settle_collectives
+
+    config = EngineConfig(dtype="float32", block_size=16, max_num_seqs=4, kv_cache_memory=2**22)
+    tp = init_tp_group(None, "cuda:0")
+    tp, config = settle_collectives(tp, config, LONG.hidden_size)
+    with use_kernels(config.kernels):
+        engine = make_engine(random_model(LONG, tp, torch.float32, seed=3), config)
+    tokens: list[list[int]] = []
+    if tp.rank == 0:
+        engine.begin_call("bench")
+        sampled = SamplingParams(temperature=0.9, max_tokens=new_tokens, seed=4, ignore_eos=True)
+        requests = [greedy([5, 6, 7], new_tokens)]
+        requests.append(replace(greedy([1], new_tokens), params=sampled))
+        tokens = [seq.token_ids for seq in run_requests(engine, requests)]
+        engine.end_call()
+    else:
+        engine.serve("bench")
+    graphs = len(engine.runner.graphs.keys) if engine.runner.graphs is not None else 0
+    engine.close()
+    tp.close()
+    return tokens, graphs, tp.one_shot is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_ranks_on_one_gpu_draw_the_tokens_of_one(monkeypatch):
+    """Control over gloo, data over symmetric memory, 220 replays: a mismatch would be an error."""
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    ((alone, _, _),) = run_ranks(_on_one_gpu, 1, 220)
+    (tokens, graphs, one_shot), _ = run_ranks(_on_one_gpu, 2, 220, timeout=280)
+    assert one_shot and graphs > 0
+    assert tokens == alone

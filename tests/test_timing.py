@@ -50,7 +50,7 @@ def test_line_of_a_rank(caplog, monkeypatch):
         "phases": {"init": 0.84, "read": 1.9, "copy": 0.4}, "bytes_read": 18.8e9, "total": 3.1,
     })  # fmt: skip
     with caplog.at_level(logging.INFO, "tprt"):
-        log_startup(Group(), times)  # type: ignore[arg-type]
+        assert log_startup(Group(), times) == [times.report()]  # type: ignore[arg-type]
     assert caplog.messages == [
         "rank 0: init 0.8 s, read 1.9 s (9.9 GB/s), copy 0.4 s; 3.1 s in all"
     ]

@@ -11,9 +11,9 @@ import torch
 
 from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio, read_bandwidth
 from tprt.bench.synthetic import (
+    cache_memory,
     greedy,
-    make_engine,
-    random_model,
+    random_engine,
     random_prompt,
     require_length,
     run_requests,
@@ -25,12 +25,13 @@ from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.memory_plan import plan_ranks
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
+TOY = 8, 6
 
 
-def decode(engine: LLMEngine, prompt: list[int]) -> float:
-    """Seconds for NEW_TOKENS tokens, the prompt included, as the peer is measured."""
+def generate(engine: LLMEngine, prompt: list[int], new_tokens: int) -> float:
+    """Seconds for ``new_tokens`` tokens, the prompt included, as the peer is measured."""
     began = time.perf_counter()
-    run_requests(engine, [greedy(prompt, NEW_TOKENS)])
+    run_requests(engine, [greedy(prompt, new_tokens)])
     return time.perf_counter() - began
 
 
@@ -49,32 +50,36 @@ def latency(
     *,
     vs: str | None,
     pairs: int,
+    toy: bool,
     say: Say,
 ) -> Report | None:
     """64 prompt tokens, 128 new ones, greedy, nothing else running."""
+    prompt_tokens, new_tokens = TOY if toy else (PROMPT_TOKENS, NEW_TOKENS)
     settings = replace(engine_config, enable_prefix_caching=False)
-    require_length(config, settings, PROMPT_TOKENS + NEW_TOKENS)
+    require_length(config, settings, prompt_tokens + new_tokens)
+    if vs is not None and settings.kv_cache_memory is None:
+        blocks = -(-(prompt_tokens + new_tokens) // settings.block_size) + 1
+        settings = replace(settings, kv_cache_memory=cache_memory(config, settings, 1, blocks))
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    engine = make_engine(random_model(config, tp, dtype, settings.seed), settings)
+    engine = random_engine(config, tp, settings)
     if tp.rank != 0:
         engine.serve("bench")
         engine.close()
         return None
-    prompt = random_prompt(random.Random(settings.seed), PROMPT_TOKENS, config.vocab_size)
-    work = [(prompt, NEW_TOKENS)]
+    prompt = random_prompt(random.Random(settings.seed), prompt_tokens, config.vocab_size)
+    work = [(prompt, new_tokens)]
     engine.begin_call("bench")
-    decode(engine, prompt)
-    runs: dict[str, Run] = {"tprt": lambda: decode(engine, prompt)}
+    generate(engine, prompt, new_tokens)
+    runs: dict[str, Run] = {"tprt": lambda: generate(engine, prompt, new_tokens)}
     details: dict[str, Any] = {}
     if vs is not None:
         peer = TransformersPeer(config, dtype, tp.device, settings.seed)
         details["logit_difference"] = peer.logit_difference(engine, prompt)
-        peer.generate(work, 1, "new")
         candidates: dict[str, Run] = {
             f"{cache} cache": partial(peer.generate, work, 1, "new", cache_implementation=cache)
             for cache in ("dynamic", "static")
         }
-        best, details["peer_settings_s"] = fastest(candidates, say)
+        best, details["peer_settings_s"] = fastest(candidates, say, warm_up=True)
         details["peer_best"] = best
         runs["transformers"] = candidates[best]
     bandwidth = read_bandwidth(tp.device)
@@ -83,7 +88,7 @@ def latency(
     engine.end_call()
     engine.close()
     ours = seconds.pop("tprt")
-    rate = NEW_TOKENS / statistics.median(ours)
+    rate = new_tokens / statistics.median(ours)
     return Report(
         bench="latency",
         model=name,
@@ -93,7 +98,7 @@ def latency(
         tokens_per_s=round(rate, 1),
         ratio={peer: median_ratio(ours, theirs) for peer, theirs in seconds.items()},
         share_of_bandwidth=round(weight_bytes(config, dtype, tp.size) * rate / bandwidth, 3),
-        settings={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "pairs": pairs},
+        settings={"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "pairs": pairs},
         details={
             **details,
             "read_bandwidth_GB_per_s": round(bandwidth / 1e9, 1),

@@ -18,6 +18,7 @@ from tprt.bench.synthetic import (
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.step_record import StepRecord
+from tprt.kernels import use_kernels
 from tprt.models.persimmon import PersimmonForCausalLM
 
 REQUESTS, SHARED, OWN = 32, 1024, 16
@@ -55,7 +56,8 @@ def prefix(
     """32 requests of 1,024 shared tokens and 16 of their own, one new token each."""
     require_length(config, engine_config, SHARED + OWN + 1)
     dtype: torch.dtype = getattr(torch, engine_config.dtype)
-    model = random_model(config, tp, dtype, engine_config.seed)
+    with use_kernels(engine_config.kernels):
+        model = random_model(config, tp, dtype, engine_config.seed)
     rng = random.Random(engine_config.seed)
     shared = random_prompt(rng, SHARED, config.vocab_size)
     prompts = [shared + random_prompt(rng, OWN, config.vocab_size) for _ in range(REQUESTS)]

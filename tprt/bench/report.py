@@ -4,6 +4,7 @@ Knows no model and no engine.
 """
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -21,6 +22,9 @@ import tprt
 
 # Far past any cache of a CPU, so that reading it reads memory.
 READ_BYTES = 512 * 2**20
+PACKAGES = ("transformers", "triton")  # whose version is told where a measurement used them
+# Names the commit where the code was copied without its repository.
+COMMIT = "TPRT_COMMIT"
 
 
 @dataclass
@@ -90,7 +94,7 @@ def read_bandwidth(device: torch.device, repeats: int = 7) -> float:
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return str(torch.cuda.get_device_name(device))
     name = platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -108,13 +112,16 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if "transformers" in sys.modules:
-        found["transformers"] = metadata.version("transformers")
+    found |= {name: metadata.version(name) for name in PACKAGES if name in sys.modules}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
     return found
 
 
 def commit() -> str | None:
-    """The commit this code stands at, with "-dirty" when files differ; None outside a repository."""
+    """The commit this code stands at, with "-dirty" when files differ; None where nobody knows."""
+    if told := os.environ.get(COMMIT):
+        return told
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -124,6 +124,16 @@ def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
     return LLMEngine(runner, tokenizer, config, num_blocks, model.tp)
 
 
+def cache_memory(config: PersimmonConfig, engine: EngineConfig, tp_size: int, blocks: int) -> int:
+    """Bytes of KV cache per rank for ``blocks`` and the one of padding.
+
+    Measurements that stand beside a peer take no more: the rest of a GPU is the peer's.
+    """
+    itemsize = getattr(torch, engine.dtype).itemsize
+    per_token = 2 * config.hidden_size // tp_size * config.num_hidden_layers * itemsize
+    return (blocks + 1) * engine.block_size * per_token
+
+
 def require_length(config: PersimmonConfig, settings: EngineConfig, tokens: int) -> None:
     """Raises ConfigError when a sequence of ``tokens`` is longer than model or engine allow."""
     longest = settings.resolve_max_model_len(config.max_position_embeddings)

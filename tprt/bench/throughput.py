@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 
 from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio
 from tprt.bench.synthetic import (
+    cache_memory,
     greedy,
-    make_engine,
-    random_model,
+    random_engine,
     random_prompt,
     require_length,
     run_requests,
@@ -23,14 +23,30 @@ from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 
-PROMPT_TOKENS, NEW_TOKENS = (16, 512), (16, 128)
-BATCH_SIZES = (8, 16, 32)
+
+@dataclass(frozen=True)
+class WorkSizes:
+    """Args:
+    prompt, new: least and most tokens of a request.
+    batches, step_tokens: settings of the peer that are tried.
+    """
+
+    prompt: tuple[int, int] = (16, 512)
+    new: tuple[int, int] = (16, 128)
+    batches: tuple[int, ...] = (8, 16, 32)
+    step_tokens: tuple[int, ...] = (512, 2048)
 
 
-def make_work(count: int, vocab_size: int, seed: int) -> list[tuple[list[int], int]]:
+FULL, TOY = WorkSizes(), WorkSizes((4, 30), (2, 8), (2,), (64,))
+ON_GPU = WorkSizes(batches=(32, 64), step_tokens=(2048, 8192))
+
+
+def make_work(
+    count: int, vocab_size: int, seed: int, sizes: WorkSizes = FULL
+) -> list[tuple[list[int], int]]:
     rng = random.Random(seed)
-    sizes = [(rng.randint(*PROMPT_TOKENS), rng.randint(*NEW_TOKENS)) for _ in range(count)]
-    return [(random_prompt(rng, length, vocab_size), new) for length, new in sizes]
+    lengths = [(rng.randint(*sizes.prompt), rng.randint(*sizes.new)) for _ in range(count)]
+    return [(random_prompt(rng, prompt, vocab_size), new) for prompt, new in lengths]
 
 
 def run_work(engine: LLMEngine, work: Work) -> float:
@@ -50,18 +66,24 @@ def throughput(
     vs: str | None,
     pairs: int,
     requests: int,
+    toy: bool,
     say: Say,
 ) -> Report | None:
     """``requests`` prompts of 16 to 512 random tokens, 16 to 128 new ones each, greedy."""
+    sizes = TOY if toy else ON_GPU if tp.device.type == "cuda" else FULL
+    longest = sizes.prompt[1] + sizes.new[1]
     settings = replace(engine_config, enable_prefix_caching=False)
-    require_length(config, settings, PROMPT_TOKENS[1] + NEW_TOKENS[1])
+    require_length(config, settings, longest)
+    if vs is not None and settings.kv_cache_memory is None:
+        blocks = min(requests, settings.max_num_seqs) * (-(-longest // settings.block_size) + 1)
+        settings = replace(settings, kv_cache_memory=cache_memory(config, settings, 1, blocks))
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    engine = make_engine(random_model(config, tp, dtype, settings.seed), settings)
+    engine = random_engine(config, tp, settings)
     if tp.rank != 0:
         engine.serve("bench")
         engine.close()
         return None
-    work = make_work(requests, config.vocab_size, settings.seed)
+    work = make_work(requests, config.vocab_size, settings.seed, sizes)
     new_tokens = sum(new for _, new in work)
     say(f"{requests} requests, {sum(len(ids) for ids, _ in work)} prompt tokens, {new_tokens} new")
     engine.begin_call("bench")
@@ -74,10 +96,10 @@ def throughput(
         peer.generate(work[:2], 2, "new")
         candidates: dict[str, Run] = {
             f"generate, batches of {size} sorted by {key}": partial(peer.generate, work, size, key)
-            for size in BATCH_SIZES
+            for size in sizes.batches
             for key in ("prompt", "new")
         }
-        for tokens in (512, 2048):
+        for tokens in sizes.step_tokens:
             name_of_it = f"continuous batching, {tokens} tokens per step"
             candidates[name_of_it] = partial(peer.continuous, work, tokens)
         best, details["peer_settings_s"] = fastest(candidates, say)

@@ -20,6 +20,7 @@ from tprt.engine.sequence import Request
 from tprt.errors import ConfigError, TprtError
 from tprt.sampling_params import SamplingParams
 
+MOST_SECONDS = 120.0  # for continuous batching, which may wait for ever
 MOST_DIFFERENCE = 0.5  # bfloat16 rounds differently in the two; other weights differ by several
 Work = Sequence[tuple[list[int], int]]  # prompt ids and how many to generate
 
@@ -68,7 +69,7 @@ class TransformersPeer:
             model: Any = transformers.PersimmonForCausalLM(theirs)
         model = model.eval().to(dtype).to_empty(device=device)
         for name, parameter in model.named_parameters():
-            parameter.data.copy_(random_tensor(name, tuple(parameter.shape), seed))
+            parameter.data.copy_(random_tensor(name, tuple(parameter.shape), seed, device))
         model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)
         self.model, self.device, self.package = model, device, transformers
 
@@ -91,6 +92,15 @@ class TransformersPeer:
                 hint="this is a bug in the comparison; no ratio is given",
             )
         return round(found, 4)
+
+    @torch.no_grad()
+    def first_token(self, prompt: list[int]) -> float:
+        """Seconds of a prompt in one pass, until its first token is on the host."""
+        ids = torch.tensor([prompt])
+        began = time.perf_counter()
+        logits = self.model(input_ids=ids.to(self.device), use_cache=True, logits_to_keep=1).logits
+        logits[0, -1].argmax().item()
+        return time.perf_counter() - began
 
     def generate(self, work: Work, batch_size: int, key: str, **options: Any) -> float:
         """Seconds for all of ``work`` in batches of like length, padded on the left.
@@ -125,20 +135,25 @@ class TransformersPeer:
         except (ImportError, AttributeError):
             raise ConfigError("this transformers has no continuous batching") from None
         pages = sum(-(-(len(ids) + new) // 256) for ids, new in work) + 1
+        on_gpu = self.device.type == "cuda"
         batching = make_config(
-            max_batch_tokens=max_batch_tokens, num_blocks=pages, use_cuda_graph=False
+            max_batch_tokens=max_batch_tokens,
+            num_blocks=pages,
+            use_cuda_graph=None if on_gpu else False,  # None: as it thinks best
         )
         generation = self.package.GenerationConfig(
             do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=max(n for _, n in work)
         )
         done: dict[str, int] = {}
-        began = time.perf_counter()
         with self.model.continuous_batching_context_manager(
-            generation_config=generation, continuous_batching_config=batching, warmup=False
+            generation_config=generation, continuous_batching_config=batching, warmup=on_gpu
         ) as manager:
+            began = time.perf_counter()
             for i, (ids, new) in enumerate(work):
                 manager.add_request(ids, request_id=str(i), max_new_tokens=new)
             while len(done) < len(work) and manager.is_running():
+                if time.perf_counter() - began > MOST_SECONDS:
+                    break
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
                     done[result.request_id] = len(result.generated_tokens)
@@ -148,13 +163,27 @@ class TransformersPeer:
         return seconds
 
 
-def fastest(candidates: Mapping[str, Run], say: Say) -> tuple[str, dict[str, float]]:
-    """Run each setting once; the name of the quickest, and the seconds of all."""
+def fastest(
+    candidates: Mapping[str, Run], say: Say, warm_up: bool = False
+) -> tuple[str, dict[str, float]]:
+    """Run each setting; the name of the quickest, and the seconds of all that ran.
+
+    Args:
+        warm_up: run each once more before it counts, as what compiles in its first run needs.
+
+    Raises:
+        ConfigError: none ran.
+    """
     seconds = {}
     for name, run in candidates.items():
         try:
-            seconds[name] = round(run(), 3)
-            say(f"  transformers, {name}: {seconds[name]:.1f} s")
-        except ConfigError as error:
-            say(f"  transformers, {name}: {error}")
+            if warm_up:
+                run()
+            seconds[name] = round(run(), 4)
+            say(f"  transformers, {name}: {seconds[name]:.3f} s")
+        except Exception as error:  # whatever a version of the peer cannot do is its own affair
+            text = (str(error) or type(error).__name__).splitlines()[0]
+            say(f"  transformers, {name}: {text[:200]}")
+    if not seconds:
+        raise ConfigError("transformers ran in none of its settings", hint="leave --vs out")
     return min(seconds, key=lambda name: seconds[name]), seconds

@@ -114,6 +114,8 @@ def init_tp_group(group: Any = None, device: torch.device | str | None = None) -
         PeerLost: the other ranks could not be met.
     """
     device = default_device() if device is None else torch.device(device)
+    if str(device) == "cuda" and torch.cuda.is_available():
+        device = default_device()  # "cuda" is this rank's GPU, not that of whoever is current
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device is {device}, but torch finds no GPU here", hint="device auto or cpu"

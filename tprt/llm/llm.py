@@ -70,6 +70,9 @@ class LLM:
         device: where to compute; None is this rank's GPU, else the CPU.
         **engine: the other fields of ``EngineConfig``.
 
+    Attributes:
+        startup_times: where the start of each rank went; see ``StartupTimes.report``.
+
     Raises:
         ConfigError, CheckpointError, TokenizerError: before any process group is made, where names
             and headers suffice.
@@ -118,7 +121,7 @@ class LLM:
             with use_kernels(self.engine_config.kernels):
                 kernels = kernels_to_compile(self.config, self.tp, self.engine_config)
                 self._build(reader, times, kernels)
-            log_startup(self.tp, times)
+            self.startup_times = log_startup(self.tp, times)
         except BaseException:
             self.tp.close()
             raise

@@ -83,12 +83,13 @@ class StartupTimes:
         }
 
 
-def log_startup(tp: TPGroup, times: StartupTimes) -> None:
-    """One line per rank, from rank 0. Collective."""
+def log_startup(tp: TPGroup, times: StartupTimes) -> list[dict[str, Any]]:
+    """One line per rank, from rank 0; the reports of all ranks. Collective."""
     everyone = gather_json(times.report(), tp)
     if tp.rank == 0:
         for rank, report in enumerate(everyone):
             logger.info("rank %d: %s", rank, _in_words(report))
+    return everyone
 
 
 def _in_words(report: dict[str, Any]) -> str:

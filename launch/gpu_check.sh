@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in stages of less than nine minutes each; a JSON file per stage in $OUT
+# (default out/gpu_check) and a table at the end. Fails if a stage failed; later ones run all the same.
+#
+#   launch/gpu_check.sh [--cpu] [tests|kernels|decode|prefill|throughput|startup|ranks|tune|all ...]
+#
+# --cpu runs the same commands at toy sizes without a GPU. Nothing is installed: PYTHON (default: that of
+# .venv, else python3) must have torch, triton, transformers, sentencepiece and pytest. TPRT_COMMIT names the
+# commit where the repository's own history is not there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/python.sh
+exec "$python" -m tprt.bench.gpu_check "$@"

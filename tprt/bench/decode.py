@@ -1,0 +1,303 @@
+"""Decode steps at given batch sizes and contexts: tokens per second, and the share of the bandwidth.
+
+Contexts are filled with random keys and values (``filled``), so that a long one costs no prefill. A
+trace of some steps then says whether the host was in the way.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tprt.bench.device_timing import Ceilings, measure_ceilings
+from tprt.bench.filled import (
+    WARM_UP_STEPS,
+    blocks_needed,
+    decode_seconds,
+    fill_cache,
+    prompts_of,
+    start,
+    stop,
+)
+from tprt.bench.latency import weight_bytes
+from tprt.bench.one_rank import lone_rank
+from tprt.bench.projection import FORMULA, SOURCES, project, shown
+from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio
+from tprt.bench.step_trace import count_steps, steps_range, trace_path, traced
+from tprt.bench.synthetic import cache_memory, random_engine
+from tprt.bench.transformers_decode import DecodePeer
+from tprt.bench.transformers_peer import TransformersPeer, fastest
+from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.tp_group import TPGroup
+from tprt.engine.llm_engine import LLMEngine
+from tprt.engine.memory_plan import plan_ranks
+from tprt.errors import ConfigError
+
+CHECKED_TOKENS = 24  # of the prompt on which the peer must give our logits
+
+
+@dataclass(frozen=True)
+class DecodeSizes:
+    """Args:
+    batches, contexts: sequences that decode together, and tokens cached before the first step.
+    steps: of one run. repeats: runs of a cell. traced: steps under the profiler.
+    """
+
+    batches: Sequence[int] = (1, 4, 16)
+    contexts: Sequence[int] = (16, 512, 2048, 16384)
+    steps: int = 64
+    repeats: int = 5
+    traced: int = 16
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        return [(batch, context) for batch in self.batches for context in self.contexts]
+
+    @property
+    def new_tokens(self) -> int:
+        """Of a sequence, so that none ends while it is measured or traced."""
+        return max(self.steps, self.traced) + 2 * WARM_UP_STEPS + 2
+
+
+TOY = DecodeSizes((1, 3), (16, 40), steps=6, repeats=2, traced=3)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What a rank reads in a decode step: every matrix once, and the keys and values of the batch."""
+
+    weights: int
+    kv_per_token: int
+
+    def of(self, batch: int, context: float) -> float:
+        return self.weights + batch * context * self.kv_per_token
+
+
+def step_bytes(config: PersimmonConfig, dtype: torch.dtype, tp_size: int) -> StepBytes:
+    kv = plan_ranks(config, tp_size, dtype, config.max_position_embeddings)[0].kv_per_token
+    return StepBytes(weight_bytes(config, dtype, tp_size), kv)
+
+
+def decode(
+    config: PersimmonConfig,
+    name: str,
+    engine_config: EngineConfig,
+    tp: TPGroup,
+    *,
+    sizes: DecodeSizes,
+    vs: str | None,
+    pairs: int,
+    shard: int,
+    profile: Path | None,
+    toy: bool,
+    say: Say,
+) -> Report | None:
+    """A line for each batch size and context.
+
+    Args:
+        shard: above 1, the part of rank 0 of so many, alone and without collectives, and a projection.
+        profile: where the trace goes; None keeps its counts alone.
+    """
+    device, dtype = tp.device, getattr(torch, engine_config.dtype)
+    if shard > 1:
+        if tp.size > 1:
+            raise ConfigError("--shard with several ranks", hint="it needs one process: --nproc 1")
+        tp = lone_rank(shard, device)
+    ceilings = measure_ceilings(device, toy) if tp.rank == 0 else None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    settings = _settings(config, engine_config, sizes, vs)
+    engine = random_engine(config, tp, settings)
+    fill_cache(engine.runner)
+    if tp.rank != 0:
+        engine.serve("decode")
+        if profile is not None:
+            with traced(device, trace_path(profile, tp.rank, tp.size)):
+                engine.serve("trace")
+        else:
+            engine.serve("trace")
+        engine.close()
+        return None
+    assert ceilings is not None
+    say(", ".join(f"{key} {value}" for key, value in ceilings.to_json().items()))
+    peer = None
+    details: dict[str, Any] = {"ceilings": ceilings.to_json()}
+    engine.begin_call("decode")
+    if vs is not None:
+        peer = TransformersPeer(config, dtype, device, settings.seed)
+        (prompt,) = prompts_of(CHECKED_TOKENS, 1, config.vocab_size, settings.seed)
+        details["logit_difference"] = peer.logit_difference(engine, prompt)
+    measure = _Measure(
+        engine, ceilings, step_bytes(config, dtype, tp.size), sizes, peer, pairs, say
+    )
+    cells = [measure.cell(batch, context) for batch, context in sizes.cells]
+    engine.end_call()
+    measured = [cell for cell in cells if "skipped" not in cell]
+    if not measured:
+        raise ConfigError("none of the cells fits into the KV cache", hint="a smaller --batch")
+    first = measured[0]
+    details["cells"] = cells
+    details["trace"] = _trace(engine, first["batch"], first["context"], sizes, profile, say)
+    engine.close()
+    if shard > 1:
+        details["projection"] = _projections(config, dtype, shard, measured, say)
+    return Report(
+        bench="decode",
+        model=name,
+        device=device_name(device),
+        dtype=engine_config.dtype,
+        tp=1 if shard > 1 else tp.size,
+        tokens_per_s=first["tokens_per_s"] if shard == 1 else None,
+        ratio=first.get("ratio", {}) if shard == 1 else {},
+        share_of_bandwidth=first["share_of_bandwidth"],
+        settings={
+            "batches": list(sizes.batches),
+            "contexts": list(sizes.contexts),
+            "steps": sizes.steps,
+            "repeats": sizes.repeats,
+            "shard": shard,
+            "kernels": engine.runner.sampler.kernels.name,
+            "enforce_eager": settings.enforce_eager,
+            "one_shot": tp.one_shot is not None,
+            "pairs": pairs if vs else None,
+        },
+        details=details,
+    )
+
+
+def _settings(
+    config: PersimmonConfig,
+    engine: EngineConfig,
+    sizes: DecodeSizes,
+    vs: str | None,
+) -> EngineConfig:
+    """Slots and blocks for the largest cell; without a peer the cache may take all there is."""
+    limit = engine.resolve_max_model_len(config.max_position_embeddings)
+    # A block more than tokens need, as admission asks for one.
+    length = min(limit, max(sizes.contexts) + sizes.new_tokens + 1 + engine.block_size)
+    memory = engine.kv_cache_memory
+    if memory is None and vs is not None:
+        largest = max(
+            batch * blocks_needed(min(context, length), sizes.new_tokens, engine.block_size)
+            for batch, context in sizes.cells
+        )
+        memory = cache_memory(config, engine, 1, largest)  # a peer has one rank beside it
+    return replace(
+        engine,
+        max_num_seqs=max(sizes.batches),
+        max_model_len=length,
+        kv_cache_memory=memory,
+        enable_prefix_caching=True,  # how contexts are entered
+    )
+
+
+@dataclass
+class _Measure:
+    """Rank 0, within a call."""
+
+    engine: LLMEngine
+    ceilings: Ceilings
+    bytes: StepBytes
+    sizes: DecodeSizes
+    peer: TransformersPeer | None
+    pairs: int
+    say: Say
+
+    def cell(self, batch: int, context: int) -> dict[str, Any]:
+        engine, sizes = self.engine, self.sizes
+        # The last position of the model is within the last step.
+        context = min(context, engine.runner.max_model_len - sizes.new_tokens - 1)
+        found: dict[str, Any] = {"batch": batch, "context": context}
+        need = batch * blocks_needed(context, sizes.new_tokens, engine.config.block_size)
+        if need > engine.blocks.capacity:
+            found["skipped"] = f"{need} KV blocks needed, {engine.blocks.capacity} there"
+            self.say(f"batch {batch:3} context {context:6}: skipped, {found['skipped']}")
+            return found
+        prompts = prompts_of(context, batch, engine.runner.vocab_size, seed=engine.config.seed)
+
+        def ours() -> float:
+            return decode_seconds(engine, prompts, sizes.steps)
+
+        if self.peer is None:
+            seconds = [ours() for _ in range(sizes.repeats)]
+        else:
+            seconds, found["ratio"], found["peer"] = self._beside(ours, batch, context)
+        median = statistics.median(seconds) / sizes.steps
+        read = self.bytes.of(batch, context + 2 + WARM_UP_STEPS + sizes.steps / 2)
+        found |= {
+            "ms_per_step": round(median * 1e3, 4),
+            "spread": round((max(seconds) - min(seconds)) / sizes.steps / median, 4),
+            "tokens_per_s": round(batch / median, 1),
+            "GB_per_step": round(read / 1e9, 3),
+            "share_of_bandwidth": round(read / median / self.ceilings.read, 4),
+        }
+        self.say(
+            f"batch {batch:3} context {context:6}: {found['ms_per_step']:8.3f} ms per step, "
+            f"{found['tokens_per_s']:9.1f} tokens/s, {found['GB_per_step']:.2f} GB, "
+            f"{found['share_of_bandwidth']:.1%} of the read bandwidth"
+        )
+        return found
+
+    def _beside(
+        self, ours: Run, batch: int, context: int
+    ) -> tuple[list[float], dict[str, float], dict[str, Any]]:
+        assert self.peer is not None
+        candidates = DecodePeer(self.peer, batch, context, self.sizes.steps).candidates()
+        ours()
+        best, tried = fastest(candidates, self.say, warm_up=True)
+        seconds = compare({"tprt": ours, "transformers": candidates[best]}, self.pairs, self.say)
+        ratio = median_ratio(seconds["tprt"], seconds["transformers"])
+        told = {"best": best, "settings_s": tried, "seconds": seconds}
+        return seconds["tprt"], {"transformers": ratio}, told
+
+
+def _trace(
+    engine: LLMEngine, batch: int, context: int, sizes: DecodeSizes, profile: Path | None, say: Say
+) -> dict[str, Any]:
+    """Counts of some steps of one cell; see ``step_trace.count_steps``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        if profile is not None:
+            path = trace_path(profile, engine.tp.rank, engine.tp.size)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        engine.begin_call("trace")
+        prompts = prompts_of(context, batch, engine.runner.vocab_size, seed=engine.config.seed)
+        sequences = start(engine, prompts, sizes.new_tokens)
+        with traced(engine.tp.device, path):
+            for _ in range(WARM_UP_STEPS):
+                engine.step()
+            with steps_range():
+                for _ in range(sizes.traced):
+                    engine.step()
+        stop(engine, sequences)
+        engine.end_call()
+        found = count_steps(path, sizes.traced)
+    found |= {"batch": batch, "context": context}
+    say(
+        f"trace of {sizes.traced} steps: {found['kernels_per_step']} kernels per step, "
+        f"waits per step {found['waits_per_step'] or 'none'}, device idle {found['idle_share']}"
+    )
+    return found
+
+
+def _projections(
+    config: PersimmonConfig,
+    dtype: torch.dtype,
+    ranks: int,
+    cells: list[dict[str, Any]],
+    say: Say,
+) -> dict[str, Any]:
+    lines = []
+    for cell in cells:
+        batch, context, ms = cell["batch"], cell["context"], cell["ms_per_step"]
+        row = config.hidden_size * dtype.itemsize
+        found = project(ms, ranks, config.num_hidden_layers, batch, row)
+        if found is not None:
+            say(shown(ranks, batch, context, ms, found))
+            lines.append({"batch": batch, "context": context, "shard_ms": ms, **found})
+    label = "projection, not measured: one rank, no NVLink"
+    return {"label": label, "formula": FORMULA, "sources": SOURCES, "ranks": ranks, "lines": lines}

@@ -1,0 +1,280 @@
+"""Every operation of ``kernels.interface`` on inputs of a model's sizes, ready to be timed.
+
+A case is one operation at one shape; its calls read different weights or keys, so that none of them
+is in a cache when its turn comes. Activations of a few rows do stay in a cache, as they do between
+the kernels of a model. All numbers are random.
+
+Legend: T tokens, R rows, B sequences, H heads of one rank, D head width, N blocks of a sequence.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from tprt.bench.device_timing import Call, num_sets
+from tprt.config import PersimmonConfig
+from tprt.distributed.sharding import padded_part
+from tprt.kernels import HeadNorms, Kernels, Noise, Norm
+from tprt.layers.rotary import RotaryEmbedding
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """Args:
+    operation, shape, body: what is timed, in words.
+    calls: one per input set; all do the same.
+    read, written: bytes that pass through memory. operations: multiplications and additions.
+    """
+
+    operation: str
+    shape: str
+    body: str
+    calls: Sequence[Call]
+    read: float
+    written: float
+    operations: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Args:
+    rows: of the matrices and the head. norm_rows: of LayerNorms, rotation and store.
+    contexts, batches: of decode attention. prompts: tokens of prefill attention.
+    """
+
+    rows: Sequence[int]
+    norm_rows: Sequence[int]
+    contexts: Sequence[int]
+    batches: Sequence[int]
+    prompts: Sequence[int]
+
+
+FULL = Shapes(
+    (1, 2, 4, 8, 16, 32), (1, 16, 2048), (512, 2048, 16384), (1, 4, 16), (2048, 8192, 16384)
+)
+TOY = Shapes((1, 3, 17), (1, 3), (16, 150), (1, 3), (20,))
+
+
+GROUPS = (
+    "norms", "rotary_and_store", "matrices", "head", "decode_attention", "prefill_attention",
+)  # fmt: skip
+
+
+class Cases:
+    """The cases of one body of the kernels, at the sizes of rank 0 of ``shard`` ranks.
+
+    Each of GROUPS is a method that makes them one by one: what the last one held is free by then.
+
+    Args:
+        body: how ``kernels`` is called in the result.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        body: str,
+        config: PersimmonConfig,
+        shard: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shapes: Shapes,
+    ) -> None:
+        self.kernels, self.body, self.config, self.shard = kernels, body, config, shard
+        self.dtype, self.device, self.shapes = dtype, device, shapes
+        self.heads, self.head_dim = config.num_attention_heads // shard, config.head_dim
+        self.norm = self._norm(config.hidden_size)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def _norm(self, width: int) -> Norm:
+        return Norm(self.randn(width), self.randn(width), self.config.layer_norm_eps)
+
+    def _case(
+        self,
+        operation: str,
+        shape: str,
+        calls: Sequence[Call],
+        read: float,
+        written: float,
+        operations: float = 0.0,
+        body: str | None = None,
+    ) -> Case:
+        size = self.dtype.itemsize
+        return Case(
+            operation, shape, body or self.body, calls, read * size, written * size, operations
+        )
+
+    # ------------------------------------------------------------ per token
+
+    def norms(self) -> Iterator[Case]:
+        width = self.config.hidden_size
+        for rows in self.shapes.norm_rows:
+            xs = [self.randn(rows, width) for _ in range(num_sets(rows * width * 6, self.device))]
+            residual, bias = self.randn(rows, width), self.randn(width)
+            yield self._case(
+                "layer_norm",
+                f"{rows} rows",
+                [partial(self.kernels.layer_norm, x, self.norm) for x in xs],
+                rows * width,
+                rows * width,
+            )
+            added = [partial(self.kernels.add_layer_norm, x, bias, residual, self.norm) for x in xs]
+            yield self._case(
+                "add_layer_norm", f"{rows} rows", added, 2 * rows * width, 2 * rows * width
+            )
+
+    def rotary_and_store(self) -> Iterator[Case]:
+        heads, dim, config = self.heads, self.head_dim, self.config
+        weight, bias = (torch.randn(heads, 2, dim, device=self.device) for _ in range(2))
+        norms = HeadNorms(weight, bias, config.layer_norm_eps)
+        most = max(self.shapes.norm_rows)
+        rotary = RotaryEmbedding(config.rotary_dim, most, config.rope_theta, "fp32", self.device)
+        blocks = -(-most // BLOCK_SIZE)
+        cache = self.randn(blocks, 2, BLOCK_SIZE, heads, dim)
+        for rows in self.shapes.norm_rows:
+            positions = torch.arange(rows, device=self.device)
+            cos, sin = rotary(positions)
+            keys = positions // BLOCK_SIZE * (2 * BLOCK_SIZE) + positions % BLOCK_SIZE
+            slots = torch.stack([keys, keys + BLOCK_SIZE])
+            words = rows * heads * 3 * dim
+            qkvs = [
+                self.randn(rows, heads, 3, dim) for _ in range(num_sets(4 * words, self.device))
+            ]
+            calls = [
+                partial(self.kernels.qk_norm_rotary_store, qkv, norms, cos, sin, cache, slots)
+                for qkv in qkvs
+            ]
+            yield self._case("qk_norm_rotary_store", f"{rows} rows", calls, words, words)
+
+    # ------------------------------------------------------------ matrices
+
+    def matrices(self) -> Iterator[Case]:
+        """The four of a layer. A row-parallel one ends in the LayerNorm on a single rank alone."""
+        config, kernels = self.config, self.kernels
+        hidden, ffn = config.hidden_size, config.intermediate_size // self.shard
+        local = hidden // self.shard
+        bias = {n: self.randn(n) for n in (hidden, 3 * local, ffn)}
+
+        def column(
+            product: Callable[..., object], x: torch.Tensor, weight: torch.Tensor, out: int
+        ) -> Call:
+            return partial(product, x, weight, bias[out])
+
+        def row(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> Call:
+            if self.shard > 1:
+                return partial(kernels.linear, x, weight)
+            product = kernels.linear_add_layer_norm
+            return partial(product, x, weight, bias[hidden], residual, self.norm)
+
+        for name, inputs, outputs in (
+            ("qkv", hidden, 3 * local), ("o", local, hidden), ("up", hidden, ffn),
+            ("down", ffn, hidden),
+        ):  # fmt: skip
+            count = num_sets(inputs * outputs * self.dtype.itemsize, self.device)
+            weights = [
+                kernels.pack_weight(self.randn(outputs, inputs).mul_(0.02)) for _ in range(count)
+            ]
+            for rows in self.shapes.rows:
+                x, residual = self.randn(rows, inputs), self.randn(rows, hidden)
+                if name == "down":  # what comes out of the square
+                    x = x.relu().square()
+                if name in ("qkv", "up"):
+                    product = kernels.linear if name == "qkv" else kernels.linear_squared_relu
+                    calls = [column(product, x, weight, outputs) for weight in weights]
+                else:
+                    calls = [row(x, weight, residual) for weight in weights]
+                yield self._case(
+                    name,
+                    f"{rows} x {inputs} -> {outputs}",
+                    calls,
+                    inputs * outputs + rows * inputs,
+                    rows * outputs,
+                    2 * rows * inputs * outputs,
+                )
+
+    def head(self) -> Iterator[Case]:
+        """Every other row greedy, the rest with noise: what a graph always computes."""
+        hidden, part = self.config.hidden_size, padded_part(self.config.vocab_size, self.shard)
+        count = num_sets(hidden * part * self.dtype.itemsize, self.device)
+        weights = [
+            self.kernels.pack_weight(self.randn(part, hidden).mul_(0.02)) for _ in range(count)
+        ]
+        for rows in self.shapes.rows:
+            index = torch.arange(rows, device=self.device)
+            noise = Noise(
+                temperature=torch.ones(rows, device=self.device),
+                greedy=index % 2 == 0,
+                keys=index * 7919,
+                positions=index + 100,
+            )
+            x = self.randn(rows, hidden)
+            yield self._case(
+                "linear_argmax",
+                f"{rows} x {hidden} -> {part}",
+                [partial(self.kernels.linear_argmax, x, w, noise, 0, part) for w in weights],
+                hidden * part + rows * hidden,
+                0,
+                2 * rows * hidden * part,
+            )
+
+    # ------------------------------------------------------------ attention
+
+    def decode_attention(self) -> Iterator[Case]:
+        heads, dim = self.heads, self.head_dim
+        planner = self.kernels.attention(BLOCK_SIZE, heads, dim, self.dtype)
+        grid = [(b, c) for c in self.shapes.contexts for b in self.shapes.batches]
+
+        def layout(batch: int, context: int) -> tuple[int, int, int]:
+            """Input sets, sequences and blocks of each."""
+            nbytes = batch * context * 2 * heads * dim * self.dtype.itemsize
+            return num_sets(nbytes, self.device), batch, -(-context // BLOCK_SIZE)
+
+        blocks = max(sets * b * n for sets, b, n in (layout(*cell) for cell in grid))
+        cache = self.randn(blocks, 2, BLOCK_SIZE, heads, dim)
+        order = torch.randperm(blocks, device=self.device)
+        for batch, context in grid:
+            sets, _, width = layout(batch, context)
+            tables = order[: sets * batch * width].view(sets, batch, width)
+            lengths = torch.full((batch,), context, device=self.device)
+            q = self.randn(batch, heads, dim)
+            plans = [planner.plan_decode(table, lengths) for table in tables]
+            words = batch * context * heads * dim
+            yield self._case(
+                "decode attention",
+                f"{batch} x context {context}",
+                [partial(plan, q, cache, dim**-0.5) for plan in plans],
+                2 * words,
+                batch * heads * dim,
+                4 * words,
+            )
+
+    def prefill_attention(self) -> Iterator[Case]:
+        """The body's own choice, or each of them where it leaves one."""
+        heads, dim = self.heads, self.head_dim
+        planner = self.kernels.attention(BLOCK_SIZE, heads, dim, self.dtype)
+        bodies = ("triton", "sdpa") if hasattr(planner, "prefill_body") else (None,)
+        for tokens in self.shapes.prompts:
+            blocks = -(-tokens // BLOCK_SIZE)
+            cache = self.randn(blocks, 2, BLOCK_SIZE, heads, dim)
+            table = torch.randperm(blocks, device=self.device).view(1, -1)
+            q = self.randn(tokens, heads, dim)
+            words = tokens * heads * dim
+            for body in bodies:
+                if body is not None:
+                    setattr(planner, "prefill_body", body)  # noqa: B010
+                plan = planner.plan(table, [tokens], [0])
+                yield self._case(
+                    "prefill attention",
+                    f"{tokens} tokens",
+                    [partial(plan, q, cache, dim**-0.5)],
+                    3 * words,
+                    words,
+                    # Scores and values; a causal mask leaves half of them.
+                    2 * words * (tokens + 1),
+                    body,
+                )
