@@ -40,7 +40,7 @@ def test_parts_of_the_plan_follow_from_shapes():
     assert plan.runtime.workspace > 2 * 2048 * 16384 * 2
     eager = plan_memory(PERSIMMON_8B, replace(engine, enforce_eager=True), 1, "cuda")
     assert eager.runtime.graphs == 0 < plan.runtime.graphs
-    assert eager.runtime.state < 2**20
+    assert plan.runtime.state - eager.runtime.state > 64 * 262_144 * 4
     cpu = plan_memory(PERSIMMON_8B, engine, 1, "cpu")
     assert cpu.runtime.graphs == cpu.runtime.libraries == cpu.runtime.context == 0
     longer = plan_memory(PERSIMMON_8B, replace(engine, max_num_batched_tokens=8192), 1, "cuda")

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 
+import pytest
 import torch
 from conftest import run_ranks
 
@@ -17,17 +18,28 @@ def _check(kind: str, patience: float = 0.3) -> tuple[str, float, bool]:
     aborted, wrong = [], tp.rank == 1
     TPGroup.abort = lambda self: aborted.append(self.rank)
 
-    def capture(step):
-        def replay():
-            step()
-            if wrong and kind == "differs":
-                step.__self__.summed[0, 7] += 1
+    class Device:
+        replayed = False
 
-        if wrong and kind == "refuses":
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-        return replay, lambda: not (wrong and kind == "stalls")
+        def capture(self, step):
+            def replay():
+                step()
+                self.replayed = True
+                if wrong and kind == "differs":
+                    step.__self__.summed[0, 7] += 1
 
-    found, reason = check_captured_collectives(tp, capture, timedelta(seconds=patience))
+            if wrong and kind == "refuses":
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+            if wrong and kind == "fails":
+                raise KeyError("something else")
+            return replay
+
+        def mark(self):
+            stuck = wrong and (kind == "never starts" or (kind == "stalls" and self.replayed))
+            return lambda: not stuck
+
+    limit = timedelta(seconds=patience)
+    found, reason = check_captured_collectives(tp, Device(), limit)
     # Whatever was found, the ranks can go on.
     total = all_reduce(torch.ones(3) * (found.rank + 1), found)
     result = reason, float(total[0]), bool(aborted)
@@ -44,9 +56,16 @@ def test_a_difference_is_named_on_every_rank():
     assert run_ranks(_check, 2, "differs") == [(reason, 3.0, False)] * 2
 
 
-def test_a_stall_ends_and_leaves_a_communicator_that_works():
-    reason = "rank 1: a captured collective did not end within 0.3 s"
-    assert run_ranks(_check, 2, "stalls") == [(reason, 3.0, True)] * 2
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("stalls", "rank 1: a captured collective did not end within 0.3 s"),
+        ("never starts", "rank 1: a collective did not end within 0.3 s"),
+        ("fails", "rank 1: 'something else'"),
+    ],
+)
+def test_a_stall_ends_and_leaves_a_communicator_that_works(kind, reason):
+    assert run_ranks(_check, 2, kind) == [(reason, 3.0, True)] * 2
 
 
 def test_a_capture_that_is_refused_leaves_a_communicator_that_works():

@@ -10,42 +10,54 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from typing import Protocol
 
 import torch
 
+from tprt.distributed.capture import capture_graph
 from tprt.distributed.communication import all_gather, all_reduce, gather_json
 from tprt.distributed.tp_group import TPGroup, new_device_group
-from tprt.errors import TprtError
 
 # Of the all-reduce and of the gather: a row, and the tokens of a step.
 ELEMENTS, WORDS = 1024, 64
 REPLAYS = 3
 PATIENCE = timedelta(seconds=20)  # a communicator's first use takes seconds on many GPUs
 
-# Captures a function without arguments: what replays it, and whether what was replayed is done.
-Capture = Callable[[Callable[[], None]], tuple[Callable[[], None], Callable[[], bool]]]
+Done = Callable[[], bool]
+
+
+class Device(Protocol):
+    """What the test needs of a device; a CPU in tests stands for one that misbehaves."""
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What replays ``step``."""
+        ...
+
+    def mark(self) -> Done:
+        """Whether all that has been queued until now is done."""
+        ...
 
 
 def check_captured_collectives(
-    tp: TPGroup, capture: Capture | None = None, patience: timedelta = PATIENCE
+    tp: TPGroup, device: Device | None = None, patience: timedelta = PATIENCE
 ) -> tuple[TPGroup, str]:
-    """Compare captured all-reduce and all-gather with eager ones. Collective.
+    """Compare captured all-reduce and all-gather with eager ones. Collective; ``tp.device`` is current.
 
     Args:
-        capture: how to capture; None makes CUDA graphs.
-        patience: for each replay.
+        device: how to capture; None makes CUDA graphs.
+        patience: for each round, launched and replayed.
 
     Returns:
         The group to go on with, which has a new communicator where the old one hangs, and why graphs
         must not be used: "" where they may. The same on every rank.
     """
-    test = _SelfTest(tp, patience)
+    test = _SelfTest(tp, device or _CudaDevice(tp), patience)
     # Ranks agree after each part, over the host's group: one that stopped alone would leave the others
     # in a collective.
-    parts = [partial(test.capture, capture or _cuda_capture(tp))]
+    parts: list[Callable[[], None]] = [test.warm_up, test.capture]
     parts += [partial(test.compare, round_) for round_ in range(1, REPLAYS + 1)]
     for part in parts:
-        everyone = gather_json(part(), tp)
+        everyone = gather_json(_outcome(part), tp)
         found = [f"rank {rank}: {why}" for rank, (why, _) in enumerate(everyone) if why]
         if any(hangs for _, hangs in everyone):
             tp.abort()
@@ -55,11 +67,24 @@ def check_captured_collectives(
     return tp, ""
 
 
-class _SelfTest:
-    """Each part says what is wrong on this rank, "" for nothing, and whether the communicator hangs."""
+class _Differs(Exception):
+    """A captured collective gave something else than the eager one."""
 
-    def __init__(self, tp: TPGroup, patience: timedelta) -> None:
-        self.tp, self.patience = tp, patience
+
+def _outcome(part: Callable[[], None]) -> tuple[str, bool]:
+    """What is wrong on this rank, "" for nothing, and whether the communicator may hang."""
+    try:
+        part()
+    except _Differs as error:
+        return str(error), False
+    except Exception as error:  # a rank that left here alone would leave the others waiting
+        return str(error).splitlines()[0] if str(error) else type(error).__name__, True
+    return "", False
+
+
+class _SelfTest:
+    def __init__(self, tp: TPGroup, device: Device, patience: timedelta) -> None:
+        self.tp, self.device, self.patience = tp, device, patience.total_seconds()
         self.source = torch.zeros(1, ELEMENTS, device=tp.device)
         self.words = torch.zeros(WORDS, dtype=torch.int64, device=tp.device)
         self.summed = torch.zeros_like(self.source)
@@ -69,54 +94,60 @@ class _SelfTest:
         self.summed.copy_(all_reduce(self.source.clone(), self.tp))
         self.gathered.copy_(all_gather(self.words, self.tp))
 
-    def capture(self, capture: Capture) -> tuple[str, bool]:
-        try:
-            self.step()  # the communicator is made by its first use, which no graph can hold
-            self.replay, self.done = capture(self.step)
-        except (RuntimeError, TprtError) as error:
-            return f"collectives cannot be captured: {str(error).splitlines()[0]}", True
-        return "", False
+    def warm_up(self) -> None:
+        """The communicator is made by its first use, which no graph can hold."""
+        self.step()
+        self._wait("a collective")
 
-    def compare(self, round_: int) -> tuple[str, bool]:
+    def capture(self) -> None:
+        try:
+            self.replay = self.device.capture(self.step)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RuntimeError(f"collectives cannot be captured: {reason}") from error
+        self._wait("a collective")
+
+    def compare(self, round_: int) -> None:
         # Whole numbers: a sum in any order has the same bits.
         values = torch.arange(ELEMENTS, dtype=torch.float32) % 251 + 1000 * round_ + self.tp.rank
         self.source.copy_(values)
         self.words.copy_(values[:WORDS] * 2**40)
         self.step()
+        self._wait("a collective")
         eager = self.summed.clone(), self.gathered.clone()
         for found in (self.summed, self.gathered):
             found.fill_(-1)
         self.replay()
-        began = time.monotonic()
-        while not self.done():
-            if time.monotonic() - began > self.patience.total_seconds():
-                limit = self.patience.total_seconds()
-                return f"a captured collective did not end within {limit:g} s", True
-            time.sleep(1e-4)
+        self._wait("a captured collective")
         results = {"all-reduce": self.summed, "all-gather": self.gathered}
         for (name, found), expected in zip(results.items(), eager, strict=True):
             if not torch.equal(found, expected):
-                return f"a captured {name} differs from the eager one", False
-        return "", False
+                raise _Differs(f"a captured {name} differs from the eager one")
+
+    def _wait(self, what: str) -> None:
+        """Nothing may be read before this: reading waits without a limit."""
+        done, began = self.device.mark(), time.monotonic()
+        while not done():
+            if time.monotonic() - began > self.patience:
+                raise TimeoutError(f"{what} did not end within {self.patience:g} s")
+            time.sleep(1e-4)
 
 
-def _cuda_capture(tp: TPGroup) -> Capture:
-    def capture(step: Callable[[], None]) -> tuple[Callable[[], None], Callable[[], bool]]:
-        stream = torch.cuda.Stream(tp.device)  # type: ignore[no-untyped-call]
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(tp.device))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+class _CudaDevice:
+    def __init__(self, tp: TPGroup) -> None:
+        self.device = tp.device
+        self.stream = torch.cuda.Stream(tp.device)  # type: ignore[no-untyped-call]
+
+    def capture(self, step: Callable[[], None]) -> Callable[[], None]:
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
             step()  # warm on the stream that captures
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
-        torch.cuda.current_stream(tp.device).wait_stream(stream)
+        graph = capture_graph(step, self.stream)
+        current.wait_stream(self.stream)
+        return graph.replay
 
-        def replay() -> None:
-            with torch.cuda.device(tp.device):
-                graph.replay()
-                event.record()
-
-        return replay, event.query
-
-    return capture
+    def mark(self) -> Done:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event.query

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tprt.distributed.capture import capture_graph
 from tprt.engine.step_record import MAX_BANS, MAX_BUCKET, Ints, StepRecord, bucket_of
 from tprt.engine.transfer import staged
 from tprt.errors import TprtError, out_of_memory
@@ -103,6 +104,9 @@ class GraphRunner:
         start, so it may read nothing on the host that changes later.
     max_rows: rows of the largest step; buckets up to it and no further than MAX_BUCKET are made.
     stream: where a GPU's work is queued; None on a CPU.
+    drain: waits, with a deadline, until the device has done all that was queued: a peer that is gone
+        must not be waited for inside a capture.
+    limit: rows of the largest bucket that collectives allow.
     full: whether steps of the full kind can be captured too.
     """
 
@@ -112,11 +116,14 @@ class GraphRunner:
         max_rows: int,
         device: torch.device,
         stream: torch.cuda.Stream | None,
+        drain: Callable[[], None],
+        limit: int = MAX_BUCKET,
         full: bool = True,
     ) -> None:
         self._kinds = (True, False) if full else (False,)
-        self.buckets = sorted({bucket_of(n) for n in range(1, min(max_rows, MAX_BUCKET) + 1)})
-        self._step, self._device, self._stream = step, device, stream
+        buckets = {bucket_of(n) for n in range(1, min(max_rows, MAX_BUCKET) + 1)}
+        self.buckets = sorted(bucket for bucket in buckets if bucket <= limit)
+        self._step, self._device, self._stream, self._drain = step, device, stream, drain
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
 
     @property
@@ -144,6 +151,8 @@ class GraphRunner:
             self._graphs = dict.fromkeys(order)
             return
         pool = torch.cuda.graph_pool_handle()
+        # cuBLAS keeps what it works in; made anew inside the first capture, it belongs to the pool.
+        torch._C._cuda_clearCublasWorkspaces()
         with _no_garbage_collection():
             for bucket, full in order:
                 for _ in range(WARM_UP_RUNS):
@@ -151,13 +160,10 @@ class GraphRunner:
                 self._graphs[bucket, full] = self._capture(bucket, full, pool)
 
     def _capture(self, bucket: int, full: bool, pool: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
+        assert self._stream is not None
+        self._drain()
         try:
-            # Other threads, the caller's and NCCL's, may use CUDA meanwhile.
-            with torch.cuda.graph(
-                graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                self._step(bucket, full)
+            return capture_graph(lambda: self._step(bucket, full), self._stream, pool)
         except RuntimeError as error:
             if out_of_memory(error) is not None:
                 raise
@@ -166,7 +172,6 @@ class GraphRunner:
                 f"captured: {str(error).splitlines()[0]}",
                 hint="engine.enforce_eager=true runs without CUDA graphs",
             ) from error
-        return graph
 
     def run(self, bucket: int, full: bool) -> None:
         """One step, from what the buffers hold. Never captures: a key it does not know is a bug."""

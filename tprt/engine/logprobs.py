@@ -28,6 +28,11 @@ class Logprobs:
     top: torch.Tensor
     top_ids: torch.Tensor
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All four, in the order of the arguments."""
+        return self.target, self.rank, self.top, self.top_ids
+
     def to_lists(self) -> "LogprobLists":
         """All numbers at once: one by one, each would wait for the device."""
         return LogprobLists(

@@ -53,8 +53,8 @@ class RuntimePlan:
         state: what slots keep between steps, and the static buffers of decode steps.
         workspace: tensors of the largest step that runs without a graph, logits included.
         graphs: memory pool of all graphs; 0 where there are none.
-        libraries: kernels' modules, cuBLAS, NCCL; 0 on a CPU.
-        context: what the driver takes before all else; 0 on a CPU.
+        libraries: kernels' modules and what cuBLAS works in; 0 on a CPU.
+        context: what the driver and NCCL take before all else; 0 on a CPU.
     """
 
     state: int
@@ -82,23 +82,25 @@ def plan_runtime(
 
     blocks = -(-length // engine.block_size)
     state = 8 * slots * (blocks + 8)  # block tables, and some numbers for each slot
-    if graphs:
+    if device_type == "cuda":
         state += 9 * slots * vocab  # counts, ids seen, bias
+    if graphs:
         state += 4 * bucket * part + 8 * (4 * bucket + 2 * MAX_BANS)
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
     partials = _partials(config, tp_size, rows, length)
-    workspace = _activations(config, tp_size, tokens, length) * itemsize + partials
-    workspace += max(_sampling(rows, part, tp_size), scores)
+    # One after the other: the layers, and what becomes of their last rows.
+    layers = _activations(config, tp_size, tokens, length) * itemsize + partials
+    workspace = max(layers, _sampling(rows, part, tp_size), scores)
     pool = 0
     if graphs:
         pool = _activations(config, tp_size, bucket, 0) * itemsize + partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
         return RuntimePlan(state, workspace, pool, 0, 0)
-    libraries = MODULES + (COMMUNICATOR if tp_size > 1 else 0)
-    return RuntimePlan(state, workspace, pool, libraries, CONTEXT)
+    context = CONTEXT + (COMMUNICATOR if tp_size > 1 else 0)
+    return RuntimePlan(state, workspace, pool, MODULES, context)
 
 
 def _activations(config: PersimmonConfig, tp_size: int, tokens: int, length: int) -> int:

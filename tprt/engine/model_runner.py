@@ -7,7 +7,7 @@ Owns the KV cache and the slots' state. Knows records and tensors: not how seque
 no files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -43,7 +43,8 @@ from tprt.models.persimmon import PersimmonForCausalLM
 
 logger = get_logger(__name__)
 
-CLOSE_SECONDS = 10.0  # for the last step to end
+# For the largest steps, their kernels' compilation included, and for the last step to end.
+START_SECONDS, CLOSE_SECONDS = 300.0, 10.0
 
 
 @dataclass
@@ -53,7 +54,8 @@ class StepResult:
     Args:
         step: number of the record.
         rows: how many drew a token.
-        words: int64, ``tokens`` first, then digests [ranks, fields of ``digest``].
+        words: what comes to the host, first of all int64: tokens, then digests [ranks, fields of
+            ``digest``].
         num_digests: words of the digests, at the end.
         timeout: seconds to wait for the device.
         logprobs: of the drawn tokens; None where no row wants any.
@@ -77,8 +79,8 @@ class StepResult:
             StepTimeout: the device has not finished the step in time.
             RankMismatch: the digests differ.
         """
-        self.words.wait(self.step, self.timeout)
-        (words,) = self.words.tensors
+        self.words.wait(f"step {self.step}", self.timeout)
+        words = self.words.tensors[0]
         if self.num_digests:
             check_digests(self.step, words[-self.num_digests :].view(-1, len(FIELDS)))
         return words[: self.rows].tolist()
@@ -134,10 +136,10 @@ class ModelRunner:
             self.buffers = DecodeBuffers(bucket_of(most), self.num_digests, max_num_seqs, device)
         self.graphs: GraphRunner | None = None
         if not enforce_eager:
-            if not tp.graphs_hold_all:
-                most = min(most, tp.one_shot.max_rows)
+            all_held = tp.graphs_hold_all
+            limit = MAX_BUCKET if all_held else tp.one_shot.max_rows
             self.graphs = GraphRunner(
-                self._decode, most, device, self.stream, full=tp.graphs_hold_all
+                self._decode, most, device, self.stream, self._drain, limit, full=all_held
             )
 
     @contextmanager
@@ -180,7 +182,21 @@ class ModelRunner:
                 record = StepRecord(step=0, kind=Kind.STEP, rows=table, tokens=tokens, full=full)
                 with self._on_device():
                     self._launch(record, 0)
-        self.stream.synchronize()
+        self._drain()
+
+    def _drain(self) -> None:
+        """Wait until the device has done all that was queued.
+
+        Raises:
+            StepTimeout: it does not; what it waits for has been given up.
+        """
+        with self._on_device():
+            last = download((self.no_digest,))
+        try:
+            last.wait("the start", START_SECONDS)
+        except StepTimeout:
+            self.tp.abort()
+            raise
 
     def close(self) -> None:
         """Destroy the graphs. Afterwards the communicators may go."""
@@ -188,7 +204,7 @@ class ModelRunner:
             with self._on_device():
                 last = download((self.no_digest,))
             try:
-                last.wait(-1, CLOSE_SECONDS)
+                last.wait("the last step", CLOSE_SECONDS)
             except StepTimeout:
                 # A kernel that waits for a peer never ends: what it runs in cannot be destroyed.
                 logger.warning(
@@ -209,7 +225,7 @@ class ModelRunner:
 
     def _apply(self, record: StepRecord) -> None:
         for cache in self.caches if len(record.clears) else ():
-            cache.kv[upload(record.clears, self.tp.device)] = 0
+            cache.kv.index_fill_(0, upload(record.clears, self.tp.device), 0)
         for source, target in record.copies.tolist():
             for cache in self.caches:
                 cache.kv[target] = cache.kv[source]
@@ -227,14 +243,12 @@ class ModelRunner:
         bucket, full = bucket_of(count), record.full or record.logprobs >= 0
         self.buffers.load(record, checksum, bucket, full)
         graphs.run(bucket, full)
-        result = self._result(record.step, count, self.buffers.results)
+        logprobs = None
         if record.logprobs >= 0:
             assert self.buffers.logits is not None
             logits, tokens = self.buffers.logits[:count], self.buffers.tokens[:count]
-            result.logprobs = token_logprobs(
-                logits, tokens, record.logprobs, self.sampler.first, self.tp
-            )
-        return result
+            logprobs = token_logprobs(logits, tokens, record.logprobs, self.sampler.first, self.tp)
+        return self._result(record.step, count, self.buffers.results, logprobs)
 
     def _decode(self, bucket: int, full: bool) -> None:
         """One token for each row of the bucket: from ``buffers`` into ``buffers``, caches and state.
@@ -291,13 +305,37 @@ class ModelRunner:
             mine = digest(crc, [batch.input_ids, batch.positions, tables])
         hidden = self.model(batch, self.caches)
         count = len(draws.slots)
-        result = self._draw(record, hidden[:count], draws, mine)
+        words, logprobs = self._draw(record, hidden[:count], draws, mine)
+        scored: list[Logprobs] = []
+        logits: list[torch.Tensor] = []
         if len(hidden) > count:
-            self._score(record, hidden[count:], result)
+            scored, logits = self._score(record, hidden[count:])
+        result = self._result(record.step, count, words, logprobs, scored)
+        result.logits = logits
         return result
 
-    def _result(self, step: int, rows: int, words: torch.Tensor) -> StepResult:
-        return StepResult(step, rows, download((words,)), self.num_digests, self.step_timeout)
+    def _result(
+        self,
+        step: int,
+        rows: int,
+        words: torch.Tensor,
+        logprobs: Logprobs | None = None,
+        scored: Sequence[Logprobs] = (),
+    ) -> StepResult:
+        """Sends everything to the host at once, behind all that computes it."""
+        groups = [*([] if logprobs is None else [logprobs]), *scored]
+        sent = download((words, *(tensor for group in groups for tensor in group.tensors)))
+        host = sent.tensors[1:]
+        found = [Logprobs(*host[4 * i : 4 * i + 4]) for i in range(len(groups))]
+        return StepResult(
+            step,
+            rows,
+            sent,
+            self.num_digests,
+            self.step_timeout,
+            logprobs=found.pop(0) if logprobs is not None else None,
+            prompt_logprobs=found,
+        )
 
     def _upload(self, *arrays: Ints) -> list[torch.Tensor]:
         """Several int64 arrays of one dimension, in one copy."""
@@ -357,9 +395,10 @@ class ModelRunner:
 
     def _draw(
         self, record: StepRecord, hidden: torch.Tensor, draws: DrawRows, mine: torch.Tensor
-    ) -> StepResult:
+    ) -> tuple[torch.Tensor, Logprobs | None]:
+        """Tokens and digests as ``StepResult.words``, and log-probabilities of the tokens."""
         if not len(draws.slots):
-            return self._result(record.step, 0, all_gather(mine, self.tp).flatten())
+            return all_gather(mine, self.tp).flatten(), None
         sampler, logits = self.sampler, None
         if record.full or record.logprobs >= 0:
             logits = sampler.mask_padding(self.model.compute_logits(hidden))
@@ -374,29 +413,31 @@ class ModelRunner:
                 best, ids = sampler.local_argmax(logits, draws, self.state)
             tokens, digests = sampler.plain(best, ids, mine)
         self.state.take(draws.slots, tokens)
-        words = torch.cat([tokens, digests.flatten()])
-        result = self._result(record.step, len(tokens), words)
+        logprobs = None
         if record.logprobs >= 0:
             assert logits is not None
-            result.logprobs = token_logprobs(
-                logits, tokens, record.logprobs, sampler.first, self.tp
-            )
-        return result
+            logprobs = token_logprobs(logits, tokens, record.logprobs, sampler.first, self.tp)
+        return torch.cat([tokens, digests.flatten()]), logprobs
 
-    def _score(self, record: StepRecord, hidden: torch.Tensor, result: StepResult) -> None:
-        """Rows that want more than a token: logits of all positions, or log-probabilities of them."""
+    def _score(
+        self, record: StepRecord, hidden: torch.Tensor
+    ) -> tuple[list[Logprobs], list[torch.Tensor]]:
+        """What rows want beyond a token: log-probabilities of their positions, or all logits."""
         at = target = 0
+        scored: list[Logprobs] = []
+        logits: list[torch.Tensor] = []
         for _, _, count, flags in record.rows.tolist():
             if flags & ~DRAW == 0:
                 continue
             row = hidden[at : at + count]
             at += count
             if flags & ALL_LOGITS:
-                result.logits.append(self._all_logits(row))
+                logits.append(self._all_logits(row))
             if flags & PROMPT_LOGPROBS:
                 wanted = upload(record.targets[target : target + count], self.tp.device)
                 target += count
-                result.prompt_logprobs.append(self._score_row(row, wanted, record.prompt_logprobs))
+                scored.append(self._score_row(row, wanted, record.prompt_logprobs))
+        return scored, logits
 
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [tokens, vocab_size] on the host."""

@@ -61,7 +61,8 @@ def build_record(plan: StepPlan, number: int, eod_id: int, look_ahead: int) -> S
         look_ahead=look_ahead,
         rows=_table(rows, 4),
         tokens=np.array(tokens, dtype=np.int64),
-        blocks=_table(plan.blocks, 3),
+        # A place that is written twice keeps the last: on a device the order is anybody's guess.
+        blocks=_table(((*at, b) for at, b in {(s, i): b for s, i, b in plan.blocks}.items()), 3),
         copies=_table(plan.copies, 2),
         clears=np.array(plan.clears, dtype=np.int64),
         options=np.concatenate(options) if options else np.empty(0, dtype=np.int64),

@@ -184,10 +184,12 @@ def truncate(
     top_k = top_k.unsqueeze(1)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), NEG_INF)
 
-    probabilities = ordered.softmax(dim=1)
+    # In whole numbers: a sum of floats in parallel may differ from run to run, and so between ranks.
+    probabilities = (ordered.softmax(dim=1) * 2.0**40).long()
     before = probabilities.cumsum(dim=1) - probabilities
     # The id that crosses top_p is kept, and the first one always: a top_p below float32's range is 0
     # there. A row with top_p = 1 keeps all, whatever rounding says.
     top_p = top_p.unsqueeze(1)
-    ordered = ordered.masked_fill((before >= top_p) & (rank > 0) & (top_p < 1.0), NEG_INF)
+    past = before >= (top_p * 2.0**40).long()
+    ordered = ordered.masked_fill(past & (rank > 0) & (top_p < 1.0), NEG_INF)
     return torch.full_like(logits, NEG_INF).scatter(1, order, ordered)

@@ -44,6 +44,7 @@ class SlotState:
         self.counts: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
+        self._true = torch.ones((), dtype=torch.bool, device=device)
         self.sampled: set[int] = set()  # slots that are not greedy
         self._biased: set[int] = set()  # slots whose row of ``bias`` is not zero
 
@@ -67,35 +68,40 @@ class SlotState:
     def begin(self, options: SlotOptions) -> None:
         """A sequence takes ``options.slot``; nothing of the one before it remains."""
         slot = options.slot
-        self.block_tables[slot] = 0
-        self.last_tokens[slot] = 0
-        self.keys[slot] = options.seed_key
-        self.greedy[slot] = options.temperature == 0.0
+        # fill_, here and below: to assign a number is a copy from the host that waits for the device.
+        self.block_tables[slot].fill_(0)
+        self.last_tokens[slot].fill_(0)
+        self.keys[slot].fill_(options.seed_key)
+        self.greedy[slot].fill_(options.temperature == 0.0)
         (self.sampled.discard if options.temperature == 0.0 else self.sampled.add)(slot)
-        self.temperature[slot] = options.temperature or 1.0
-        self.top_k[slot], self.top_p[slot] = options.top_k, options.top_p
-        self.min_p[slot] = options.min_p
+        self.temperature[slot].fill_(options.temperature or 1.0)
+        self.top_k[slot].fill_(options.top_k)
+        self.top_p[slot].fill_(options.top_p)
+        self.min_p[slot].fill_(options.min_p)
         self._begin_penalties(options)
         self._begin_bias(options)
 
     def _begin_penalties(self, options: SlotOptions) -> None:
         slot = options.slot
         values = options.repetition_penalty, options.presence_penalty, options.frequency_penalty
-        self.repetition[slot], self.presence[slot], self.frequency[slot] = values
+        for kept, value in zip(
+            (self.repetition, self.presence, self.frequency), values, strict=True
+        ):
+            kept[slot].fill_(value)
         if values == (1.0, 0.0, 0.0):
             return  # they change nothing, whatever the tables hold
         counts, seen = self._make_counts()
         history = upload(np.array(options.history, dtype=np.int64), self.device)
         drawn = history[options.num_prompt_tokens :]
-        counts[slot] = 0
+        counts[slot].fill_(0)
         counts[slot].index_add_(0, drawn, torch.ones_like(drawn, dtype=torch.int32))
-        seen[slot] = False
+        seen[slot].fill_(False)
         seen[slot].index_fill_(0, history, True)
 
     def _begin_bias(self, options: SlotOptions) -> None:
         slot = options.slot
         if slot in self._biased:
-            self._make_bias()[slot] = 0.0
+            self._make_bias()[slot].fill_(0.0)
             self._biased.remove(slot)
         if not options.bias and not options.allowed:
             return
@@ -116,7 +122,7 @@ class SlotState:
         if self.counts is not None and self.seen is not None:
             tokens = tokens.clamp(min=0)  # NON_FINITE ends its sequence anyway
             self.counts[slots, tokens] += 1
-            self.seen[slots, tokens] = True
+            self.seen.index_put_((slots, tokens), self._true)
 
     def adjust(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Penalties, then bias, on float32 [R, V] of slots int64 [R]. Formulas as in vLLM.

@@ -32,8 +32,8 @@ class Download:
     tensors: tuple[torch.Tensor, ...]
     done: torch.cuda.Event | None
 
-    def wait(self, step: int, seconds: float) -> None:
-        """Raises StepTimeout when the device has not come this far within ``seconds``."""
+    def wait(self, what: str, seconds: float) -> None:
+        """Raises StepTimeout, naming ``what``, when the device has not come this far in ``seconds``."""
         if self.done is None or self.done.query():  # type: ignore[no-untyped-call]
             return
         began = time.monotonic()
@@ -41,7 +41,7 @@ class Download:
             waited = time.monotonic() - began
             if waited > seconds:
                 raise StepTimeout(
-                    f"step {step} is not done after {seconds:g} s",
+                    f"{what} is not done after {seconds:g} s",
                     hint="another rank is stuck or gone, or the step is really that long: "
                     "a larger engine.step_timeout",
                 )

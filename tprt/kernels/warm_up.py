@@ -44,6 +44,7 @@ def compile_kernels(kernels: Kernels, sizes: LayerSizes, device: torch.device) -
     for tokens in CHUNKS:
         warm.layer(tokens)
         warm.attend([tokens])
+    warm.attend_rows()
 
 
 class _WarmUp:
@@ -105,6 +106,14 @@ class _WarmUp:
         for cached in (0, 1):
             plan = self.planner.plan(tables, query_lens, [cached] * len(query_lens))
             plan(q, self.cache, 1.0)
+
+    def attend_rows(self) -> None:
+        """Single tokens beside chunks, behind few and behind many others."""
+        s, longest = self.sizes, len(self.cache) * self.sizes.block_size - 1
+        q = self.zeros(2, s.num_heads, s.head_dim)
+        tables = torch.zeros(2, len(self.cache), dtype=torch.int64, device=self.device)
+        for cached in ([1, 1], [longest, 1]):
+            self.planner.plan(tables, [1, 1], cached)(q, self.cache, 1.0)
 
     def head(self, rows: int) -> None:
         hidden = self.zeros(rows, self.sizes.hidden_size)

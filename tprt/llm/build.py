@@ -88,6 +88,11 @@ def build_runner(
             runner.warm_up(engine.max_num_batched_tokens)
         with phase("capture"):
             runner.capture()
+        if tp.device.type == "cuda":
+            # Each capture returns unused memory to the driver; steps want theirs back, now and not
+            # when somebody else has taken it.
+            with phase("warm-up"):
+                runner.warm_up(engine.max_num_batched_tokens)
 
     together(tp, prepare)
     compare_with_plan(tp, plan, num_blocks)

@@ -123,6 +123,7 @@ class LLM:
                 self._build(reader, times, kernels)
             self.startup_times = log_startup(self.tp, times)
         except BaseException:
+            self.tp.abort()  # kernels that wait for a peer would keep the device
             self.tp.close()
             raise
         self._requests: dict[int, RequestStream] = {}

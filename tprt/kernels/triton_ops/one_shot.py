@@ -328,7 +328,8 @@ def _wait(
     reached = turn - 1  # by the slowest
     while reached < turn:
         seen = tl.atomic_add(flags, nothing, mask=is_peer, sem="acquire", scope="sys")
-        reached = tl.min(tl.where(is_peer, seen, turn), axis=0)
-        reached = tl.where(tl.load(stop_word, volatile=True) == 0, reached, turn)
+        # A vector like the flags: the minimum makes all threads leave in the same round.
+        stop = tl.load(stop_word + nothing, volatile=True)
+        reached = tl.min(tl.where(is_peer & (stop == 0), seen, turn), axis=0)
     # No thread reads a peer's slot before the threads that saw the flags did.
     tl.debug_barrier()

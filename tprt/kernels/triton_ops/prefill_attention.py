@@ -23,9 +23,10 @@ from tprt.kernels.reference import causal_mask
 Ints = npt.NDArray[np.int32]
 
 LOG2_E = 1.4426950408889634
+# cuDNN may be faster, but makes a plan for every new length of prompt, which takes longer than it saves.
 SDPA_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
 ]
