@@ -9,6 +9,8 @@ from fakes import HashModel, fake_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from test_engine import mixed_requests, request, run, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tprt.bench.synthetic import make_engine, random_model
 from tprt.config import EngineConfig, PersimmonConfig
@@ -30,6 +32,7 @@ TOY = PersimmonConfig(
     max_position_embeddings=128,
 )
 CPU = torch.device("cpu")
+NUMBERS = ("aten.scalar_tensor.default", "aten.lift_fresh.default")  # a number becomes a tensor
 
 
 def decode_record(rows: list[tuple[int, int, int]], **more) -> StepRecord:
@@ -208,6 +211,26 @@ def test_garbage_collection_is_off_during_capture_and_back_afterwards():
     assert gc.isenabled()
 
 
+class OneDevice(TorchDispatchMode):
+    """Fails on an operation that brings a value from the host: on a GPU that would be a copy that waits.
+
+    Assigning a number through an index is one: older versions of torch make it a tensor on the host.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.names = device, []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        found = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        elsewhere = [a for a in found if a.device.type != self.device]
+        number = any(name in NUMBERS for name in self.names[-2:])
+        written = str(op) in ("aten.index_put_.default", "aten.copy_.default")
+        assert not elsewhere and not (number and written), f"{op} takes a value from the host"
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_a_decode_step_looks_at_no_value(full):
     """On the meta device there are none: an operation that needs one on the host raises here.
@@ -221,10 +244,18 @@ def test_a_decode_step_looks_at_no_value(full):
         num_valid=90,
     )  # fmt: skip
     runner.stream = object()  # as on a GPU, where hints of the host are not taken
-    with torch.inference_mode():
+    with torch.inference_mode(), OneDevice("meta") as seen:
         runner.state.make_tables()
         for bucket in (1, 8):
             runner._decode(bucket, full)
+    assert len(seen.names) > 30
     assert runner.buffers.logits is None or runner.buffers.logits.shape == (8, 96)
     with pytest.raises(RuntimeError, match="meta"):
         runner.buffers.tokens.tolist()
+
+
+def test_the_check_for_values_of_the_host_sees_one():
+    slots = torch.zeros(2, dtype=torch.int64, device="meta")
+    seen = torch.zeros(4, dtype=torch.bool, device="meta")
+    with OneDevice("meta"), pytest.raises(AssertionError, match="value from the host"):
+        seen[slots] = True
