@@ -17,7 +17,7 @@ from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine import graph_runner, transfer
 from tprt.engine.graph_runner import GraphRunner, pack_step
-from tprt.engine.model_runner import ModelRunner
+from tprt.engine.model_runner import ModelRunner, warm_up_shapes
 from tprt.engine.step_record import DRAW, MAX_BANS, MAX_BUCKET, Kind, StepRecord, bucket_of
 from tprt.errors import StepTimeout
 from tprt.models.persimmon import PersimmonForCausalLM
@@ -259,3 +259,12 @@ def test_the_check_for_values_of_the_host_sees_one():
     seen = torch.zeros(4, dtype=torch.bool, device="meta")
     with OneDevice("meta"), pytest.raises(AssertionError, match="value from the host"):
         seen[slots] = True
+
+
+@given(st.integers(1, 3000), st.integers(1, 700), st.integers(1, 40))
+def test_warm_up_takes_the_largest_steps_there_can_be(tokens, length, rows):
+    shapes = warm_up_shapes(tokens, length, rows)
+    assert max(map(sum, shapes)) == min(tokens, length * rows)
+    assert max(map(len, shapes)) == min(tokens, rows)
+    assert all(1 <= count <= length for counts in shapes for count in counts)
+    assert all(sum(counts) <= tokens and len(counts) <= rows for counts in shapes)

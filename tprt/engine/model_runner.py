@@ -86,6 +86,19 @@ class StepResult:
         return words[: self.rows].tolist()
 
 
+def warm_up_shapes(max_tokens: int, max_model_len: int, max_rows: int) -> list[list[int]]:
+    """Tokens of each row: of the most tokens, of chunks of each length class, of the most rows.
+
+    Kernels for prompts are compiled for chunks of up to 16, up to 64 and more tokens.
+    """
+    longest = min(max_tokens, max_model_len)
+    most = [longest] * min(max_tokens // longest, max_rows)
+    if len(most) < max_rows and max_tokens % longest:
+        most.append(max_tokens % longest)
+    chunks = [[min(length, longest)] for length in (64, 16)]
+    return [most, *chunks, [1] * min(max_rows, max_tokens)]
+
+
 class ModelRunner:
     """Args:
     num_blocks: KV blocks on this rank; must be the same on every rank.
@@ -171,11 +184,7 @@ class ModelRunner:
         if self.stream is None:
             return
         scratch = self.buffers.scratch_slot  # which is also how many others there are
-        longest = min(max_num_batched_tokens, self.max_model_len)
-        rows = min(scratch, max_num_batched_tokens)
-        # Chunks of every length class that kernels are compiled for, and the most rows.
-        shapes = [[longest], [min(64, longest)], [min(16, longest)], [1] * rows]
-        for counts in shapes:
+        for counts in warm_up_shapes(max_num_batched_tokens, self.max_model_len, scratch):
             for full in (False, True):
                 table = np.array([(scratch, 0, count, DRAW) for count in counts])
                 tokens = np.zeros(sum(counts), dtype=np.int64)
