@@ -128,8 +128,9 @@ def test_bf16_rotary_rounds_positions_and_products():
     for position in (0, 1, 255, 256, 257, 1995, 4095):
         angle = torch.tensor(float(position)).to(torch.bfloat16) * inv_freq
         assert angle.dtype == torch.bfloat16
-        assert torch.equal(table.cos[position], angle.cos().float())
-        assert torch.equal(table.sin[position], angle.sin().float())
+        assert torch.equal(table.cos[position], angle.cos().float().repeat(2))
+        signed = torch.cat([-angle.sin(), angle.sin()]).float()
+        assert torch.equal(table.sin[position], signed)
     assert torch.equal(table.cos[257], table.cos[256]), "257 rounds to 256 in bfloat16"
     exact = RotaryEmbedding(rotary_dim, 4096, theta, "fp32", torch.device("cpu"))
     assert not torch.equal(exact.cos[257], exact.cos[256])

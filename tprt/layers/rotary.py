@@ -30,7 +30,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if device.type == "meta":
             # A plan wants the sizes; computing them there would import torch's compiler.
-            table = torch.empty(max_positions, rotary_dim // 2, device=device)
+            table = torch.empty(max_positions, rotary_dim, device=device)
             self.register_buffer("cos", table, persistent=False)
             self.register_buffer("sin", table.clone(), persistent=False)
             return
@@ -40,15 +40,14 @@ class RotaryEmbedding(nn.Module):
         if precision == "bf16":
             inv_freq, positions = inv_freq.bfloat16(), positions.bfloat16()
         angles = positions.unsqueeze(1) * inv_freq  # [max_positions, rotary_dim / 2]
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        cos, sin = angles.cos().float(), angles.sin().float()
+        # Both halves of a pair, with the sign of the sum: a pass then only looks them up.
+        self.register_buffer("cos", torch.cat([cos, cos], dim=1), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=1), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [T] -> cos and sin, float32 [T, 1, 1, rotary_dim] each.
 
-        Both halves of a pair are there, with the sign of the sum in sin: dimension i becomes
-        x[i] cos[i] + x[i +- rotary_dim / 2] sin[i].
+        Dimension i becomes x[i] cos[i] + x[i +- rotary_dim / 2] sin[i].
         """
-        cos, sin = self.cos[positions], self.sin[positions]
-        cos, sin = torch.cat([cos, cos], dim=1), torch.cat([-sin, sin], dim=1)
-        return cos[:, None, None], sin[:, None, None]
+        return self.cos[positions][:, None, None], self.sin[positions][:, None, None]
