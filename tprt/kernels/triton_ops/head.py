@@ -165,15 +165,17 @@ def _store_best(
     """The best of logits [C, R] over its columns [C], for each of its rows [R]."""
     scores, is_row = logits, rows < num_rows
     if NOISY:
-        temperature = tl.load(temperature_ptr + rows, mask=is_row, other=1.0)
-        greedy = tl.load(greedy_ptr + rows, mask=is_row, other=1)
-        keys = tl.load(keys_ptr + rows, mask=is_row, other=0)
-        positions = tl.load(positions_ptr + rows, mask=is_row, other=0)
-        uniform = _uniform(
-            keys[None, :], positions[None, :], columns.to(tl.int64)[:, None] + first_id
-        )
-        drawn = tl.where((greedy != 0)[None, :], 0.0, _gumbel(uniform))
-        scores = tl.div_rn(logits, tl.zeros_like(logits) + temperature[None, :]) + drawn
+        greedy = tl.load(greedy_ptr + rows, mask=is_row, other=1).to(tl.int32)
+        # Graphs are captured with noise; where nobody draws it is not worth computing.
+        if tl.min(greedy, axis=0) == 0:
+            temperature = tl.load(temperature_ptr + rows, mask=is_row, other=1.0)
+            keys = tl.load(keys_ptr + rows, mask=is_row, other=0)
+            positions = tl.load(positions_ptr + rows, mask=is_row, other=0)
+            uniform = _uniform(
+                keys[None, :], positions[None, :], columns.to(tl.int64)[:, None] + first_id
+            )
+            drawn = tl.where((greedy != 0)[None, :], 0.0, _gumbel(uniform))
+            scores = tl.div_rn(logits, tl.zeros_like(logits) + temperature[None, :]) + drawn
     # Comparisons pass over NaN, and so does tl.max on some devices: it wins as +inf, to be seen.
     scores = tl.where(scores == scores, scores, float("inf"))
     scores = tl.where((columns < num_valid)[:, None], scores, float("-inf"))
