@@ -4,10 +4,15 @@
 #
 #   launch/multi_gpu_check.sh [--cpu] [N] [tests|allreduce|decode|prefill|throughput|all ...]
 set -euo pipefail
+case ${OUT:-/} in /*) ;; *) export OUT=$PWD/$OUT ;; esac
 cd "$(dirname "$0")/.."
 . launch/python.sh
 ranks=2 rest=()
 for argument in "$@"; do
   if [[ $argument =~ ^[0-9]+$ ]]; then ranks=$argument; else rest+=("$argument"); fi
 done
+if [ "$ranks" -lt 2 ]; then
+  echo "multi_gpu_check: $ranks ranks; 2 or more. One GPU is launch/gpu_check.sh's business" >&2
+  exit 2
+fi
 exec "$python" -m tprt.bench.gpu_check --ranks "$ranks" ${rest[@]+"${rest[@]}"}

@@ -187,3 +187,45 @@ def test_a_stage_of_the_dry_run_through_the_script(tmp_path):
     written = json.loads((tmp_path / "throughput.json").read_text())
     assert "dry run" in written["not_run"][0]
     assert [result["ok"] for result in written["results"]] == [True] * 3
+
+
+def test_an_interrupt_ends_the_step_and_keeps_what_is_done(tmp_path):
+    """SIGTERM: no process is left behind, the stage's file says what was cut off, exit code 143."""
+    command = [sys.executable, "-m", "tprt.bench.gpu_check", "--cpu", "decode"]
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("--- decode"):
+                break
+        process.terminate()
+        rest = process.stdout.read()
+    assert process.returncode == 143
+    assert "decode      FAILED" in rest
+    told = json.loads((tmp_path / "decode.json").read_text())
+    assert not told["ok"] and "decode: interrupted" in told["not_run"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path / "file" / "x"))
+    (tmp_path / "file").write_text("")
+    assert (
+        gpu_check.main(["--cpu", "decode"], ask=lambda: {"device": "none", "device_count": 0}) == 5
+    )
+    assert "name another folder in OUT" in capsys.readouterr().err
+
+
+def test_a_dry_run_does_not_replace_what_a_gpu_gave(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    folders = []
+
+    def keep(stage, folder, *_):
+        folders.append(folder)
+        return {"stage": stage.name, "ok": True, "seconds": 0.0, "results": [], "not_run": []}
+
+    monkeypatch.setattr(gpu_check, "run_stage", keep)
+    for arguments in (["decode"], ["--cpu", "decode"]):
+        assert gpu_check.main(arguments, ask=lambda: {"device": "fake", "device_count": 1}) == 0
+    assert folders[0] != folders[1]

@@ -156,7 +156,7 @@ def decode(
         share_of_bandwidth=first["share_of_bandwidth"],
         settings={
             "batches": list(sizes.batches),
-            "contexts": list(sizes.contexts),
+            "contexts": sorted({cell["context"] for cell in cells}),
             "steps": sizes.steps,
             "repeats": sizes.repeats,
             "shard": shard,
@@ -210,8 +210,11 @@ class _Measure:
     def cell(self, batch: int, context: int) -> dict[str, Any]:
         engine, sizes = self.engine, self.sizes
         # The last position of the model is within the last step.
-        context = min(context, engine.runner.max_model_len - sizes.new_tokens - 1)
+        asked, context = context, min(context, engine.runner.max_model_len - sizes.new_tokens - 1)
         found: dict[str, Any] = {"batch": batch, "context": context}
+        if context < asked:
+            found["shortened_from"] = asked
+            self.say(f"context {asked} is shortened to {context}: the model has no more positions")
         need = batch * blocks_needed(context, sizes.new_tokens, engine.config.block_size)
         if need > engine.blocks.capacity:
             found["skipped"] = f"{need} KV blocks needed, {engine.blocks.capacity} there"

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tprt.bench.report import commit
-from tprt.bench.stage_runner import Stage, Step, run_stage, summary
+from tprt.bench.stage_runner import Interrupted, Stage, Step, run_stage, summary
+from tprt.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 ROOT = Path(__file__).resolve().parents[2]
 DRY = (
@@ -201,13 +203,24 @@ def machine() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str], ask: Callable[[], dict[str, Any]] = machine) -> int:
-    """Returns 0 when every stage that was asked for passed, 1 when one failed, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").split("\n")[0])
+    """Returns 0 when every stage that was asked for passed, 1 when one failed, 2 for wrong usage, 5
+    where files cannot be written, 130 and 143 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_check",
+        description=(__doc__ or "").split("\n")[0],
+        epilog=f"Stages: {', '.join(ONE)}, tests; with several GPUs {', '.join(SEVERAL)}, tests. "
+        f"'all' is every one but {', '.join(OUT_OF_ALL)}. Environment: OUT, the folder for files; "
+        "PYTHON, the interpreter; TPRT_COMMIT, the commit where the repository's history is missing. "
+        "launch/multi_gpu_check.sh takes the number of GPUs as a plain argument.",
+    )
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="all is the default")
     parser.add_argument("--cpu", action="store_true", help="dry run at toy sizes without a GPU")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="GPUs to run on")
     args = parser.parse_args(arguments)
+    if args.ranks < 1:
+        parser.error(f"--ranks is {args.ranks}; 1 or more")
     default = "out/multi_gpu_check" if args.ranks > 1 else "out/gpu_check"
+    default += "_cpu" if args.cpu else ""  # a dry run must not replace what a GPU gave
     folder = ROOT / (os.environ.get("OUT") or default)
     known = {stage.name: stage for stage in stages(args.cpu, args.ranks, folder)}
     wanted = args.stages or ["all"]
@@ -223,12 +236,34 @@ def main(arguments: Sequence[str], ask: Callable[[], dict[str, Any]] = machine) 
         )
         return 2
     facts |= {"commit": commit(), "command": shlex.join(["gpu_check", *arguments])}
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "gpu_check.log").open("a", encoding="utf-8") as log:
-        done = [run_stage(known[name], folder, facts, log, ROOT) for name in dict.fromkeys(wanted)]
+    done: list[dict[str, Any]] = []
+    code = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "gpu_check.log").open("a", encoding="utf-8") as log:
+            for name in dict.fromkeys(wanted):
+                done.append(run_stage(known[name], folder, facts, log, ROOT))
+    except OSError as error:
+        print(f"gpu_check: {folder}: {error.strerror}; name another folder in OUT", file=sys.stderr)
+        code = 5
+    except Interrupted as error:
+        done.append(error.told)
+        code = EXIT_SIGTERM if isinstance(error.__cause__, _Terminated) else EXIT_SIGINT
     print(f"\n{facts['device']}, commit {facts['commit']}, files in {folder}\n{summary(done)}")
-    return 0 if all(stage["ok"] for stage in done) else 1
+    return code or (0 if all(stage["ok"] for stage in done) else 1)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt as error:  # before the first stage
+        sys.exit(EXIT_SIGTERM if isinstance(error, _Terminated) else EXIT_SIGINT)

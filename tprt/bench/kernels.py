@@ -126,8 +126,9 @@ def tune_tiles(
     say: Say,
 ) -> dict[str, Any]:
     """Measure tiles of a layer's matrices and of the head; their table, also written to ``path``."""
-    from tprt.kernels.triton_ops import linear, tiles
+    from tprt.kernels.triton_ops import TritonKernels, linear, tiles
 
+    TritonKernels(device)  # says so where Triton does not run
     hidden, ffn = config.hidden_size, config.intermediate_size // shard
     local, part = hidden // shard, padded_part(config.vocab_size, shard)
     shapes = [(3 * local, hidden), (hidden, local), (ffn, hidden), (hidden, ffn), (part, hidden)]

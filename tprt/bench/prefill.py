@@ -93,8 +93,12 @@ def prefill(
     alone = []
     for length in sizes.prompts:
         # The model has to have room for the token that is drawn.
-        length = min(length, engine.runner.max_model_len - 1)
+        asked, length = length, min(length, engine.runner.max_model_len - 1)
+        if length < asked:
+            say(f"{asked} tokens are shortened to {length}: the model has no more positions")
         line = measure.alone(length, peer, pairs, say)
+        if length < asked:
+            line["shortened_from"] = asked
         operations = prefill_operations(config, length)
         seconds = line["ttft_ms"] / 1e3
         line["TFLOP_per_s"] = round(operations / seconds / 1e12, 2)
@@ -117,7 +121,7 @@ def prefill(
         tp=tp.size,
         ratio={"transformers": ratio} if ratio is not None else {},
         settings={
-            "prompts": list(sizes.prompts),
+            "prompts": [min(length, engine.runner.max_model_len - 1) for length in sizes.prompts],
             "max_num_batched_tokens": settings.max_num_batched_tokens,
             "rows": list(sizes.rows),
             "context": sizes.context,

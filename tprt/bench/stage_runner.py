@@ -50,6 +50,16 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
+class Interrupted(Exception):
+    """Args:
+    told: of the stage that was under way, as ``run_stage`` returns it.
+    """
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        super().__init__("interrupted")
+        self.told = told
+
+
 def run_stage(
     stage: Stage,
     folder: Path,
@@ -62,17 +72,27 @@ def run_stage(
     Args:
         facts: of the machine and the code, as they shall stand in the file.
         working_folder: where commands run; None is the current one.
+
+    Raises:
+        Interrupted: a KeyboardInterrupt came; the step has been ended, the file written.
     """
     began = time.monotonic()
     not_run, results = list(stage.not_run), []
+    interrupted: KeyboardInterrupt | None = None
     for step in stage.steps:
         left = stage.limit - (time.monotonic() - began)
-        if left < 1:
-            not_run.append(f"{step.name}: no time was left of {stage.limit} s")
+        if interrupted is not None or left < 1:
+            why = "interrupted" if interrupted else f"no time was left of {stage.limit} s"
+            not_run.append(f"{step.name}: {why}")
             continue
         print(f"--- {stage.name}: {step.name}", flush=True)
         environment = {**os.environ, **stage.environment}
-        result = _run_step(step, left, environment, log, folder, working_folder)
+        try:
+            result = _run_step(step, left, environment, log, folder, working_folder)
+        except KeyboardInterrupt as error:
+            interrupted = error
+            not_run.append(f"{step.name}: interrupted")
+            continue
         results.append(result)
         not_run += _missing(step, result)
     ok = len(results) == len(stage.steps) and all(result["ok"] for result in results)
@@ -86,6 +106,8 @@ def run_stage(
         "results": results,
     }
     (folder / f"{stage.name}.json").write_text(json.dumps(told, indent=1) + "\n", "utf-8")
+    if interrupted is not None:
+        raise Interrupted(told) from interrupted
     return told
 
 
@@ -114,12 +136,17 @@ def _run_step(
         cwd=working_folder,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
-            if line.startswith('{"bench"'):
-                last = line
-            else:
-                print(line, end="", flush=True)
+        try:
+            for line in process.stdout:
+                log.write(line)
+                if line.startswith('{"bench"'):
+                    last = line
+                else:
+                    print(line, end="", flush=True)
+        except KeyboardInterrupt:
+            process.terminate()  # which ``timeout`` hands on, and repeats as a kill
+            process.wait()
+            raise
     log.flush()
     code = process.returncode
     result: dict[str, Any] = {

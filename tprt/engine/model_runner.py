@@ -155,6 +155,15 @@ class ModelRunner:
                 self._decode, most, device, self.stream, self._drain, limit, full=all_held
             )
 
+    @property
+    def bodies(self) -> tuple[str, str]:
+        """For people: whose kernels run, and how decode steps are launched."""
+        if self.graphs is None:
+            return self.sampler.kernels.name, "decode steps launched one operation at a time"
+        how = "CUDA graphs" if self.stream is not None else "buckets"
+        sizes = f"up to {self.graphs.buckets[-1]} rows"
+        return self.sampler.kernels.name, f"decode steps in {len(self.graphs.keys)} {how} {sizes}"
+
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         """Work on this rank's GPU and stream; the caller's current ones are back afterwards."""

@@ -133,7 +133,7 @@ class LLM:
             logger.warning("%s", warning)
         logger.info(
             "%s checkpoint (TP=%d on disk) on %d x %s in %s, rotary %s; %.1f MB read by rank 0; "
-            "%d KV blocks of %d tokens; ready in %.1f s",
+            "%d KV blocks of %d tokens; %s kernels, %s; ready in %.1f s",
             reader.layout,
             reader.disk_tp,
             self.tp.size,
@@ -143,6 +143,7 @@ class LLM:
             reader.bytes_read / 1e6,
             self._engine.blocks.capacity,
             self.engine_config.block_size,
+            *self._engine.runner.bodies,
             time.perf_counter() - began,
         )
 

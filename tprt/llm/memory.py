@@ -22,6 +22,8 @@ logger = get_logger(__name__)
 
 GIB, MIB = 2**30, 2**20
 CPU_KV_CACHE_MEMORY = 1 * GIB
+# With fewer tokens in a step prompts crawl: then something else has to give way.
+LEAST_TOKENS = 256
 # What is measured at start and what was planned may differ by this much, KV cache aside.
 TOLERANCE = 256 * MIB
 
@@ -146,8 +148,8 @@ def largest_that_fits(
     if engine.kv_cache_memory is not None and fits(kv_cache_memory=None):
         blocks = (room - plan.fixed) // plan.block
         return f"engine.kv_cache_memory={blocks * plan.block} or less"
-    for name in ("max_num_batched_tokens", "max_num_seqs"):
-        for value in _halves(getattr(engine, name)):
+    for name, least in (("max_num_batched_tokens", LEAST_TOKENS), ("max_num_seqs", 1)):
+        for value in _halves(getattr(engine, name), least):
             if fits(**{name: value}):
                 return f"engine.{name}={_most(value, partial(_fits_with, fits, name))}"
     if device_type == "cuda" and not engine.enforce_eager and fits(enforce_eager=True):
@@ -162,8 +164,8 @@ def _fits_with(fits: Callable[..., bool], name: str, value: int) -> bool:
     return fits(**{name: value})
 
 
-def _halves(value: int) -> Iterator[int]:
-    while value > 1:
+def _halves(value: int, least: int) -> Iterator[int]:
+    while value // 2 >= least:
         value //= 2
         yield value
 
