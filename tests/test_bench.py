@@ -557,3 +557,15 @@ def test_ranks_sum_and_say_how_long(capfd):
     assert all(line["us"]["all-reduce"] > 0 for line in found["details"]["lines"])
     assert "CPUs" in found["details"]["one_shot_missing"] and found["tp"] == 2
     assert os.environ.get("RANK") is None
+
+
+def test_steps_of_a_prefill_fit_into_the_model():
+    """A model of few positions gets smaller steps, so that the prompt beside decoding rows fits."""
+    from tprt.bench.prefill import PrefillSizes, _settings
+    from tprt.bench.synthetic import PERSIMMON_8B
+
+    sizes = PrefillSizes()
+    for config, most in ((PERSIMMON_100M, 409), (PERSIMMON_8B, 2048)):
+        found = _settings(config, EngineConfig(kv_cache_memory=2**30), sizes, 1)
+        assert found.max_num_batched_tokens == most
+        assert (sizes.chunks + 1) * most + 1 <= found.max_model_len

@@ -135,9 +135,12 @@ def prefill(
 def _settings(
     config: PersimmonConfig, engine: EngineConfig, sizes: PrefillSizes, tp_size: int
 ) -> EngineConfig:
-    budget = sizes.budget or engine.max_num_batched_tokens
+    limit = engine.resolve_max_model_len(config.max_position_embeddings)
+    # The model has to have positions for a prompt of so many steps, and for the token it draws.
+    most = max(1, (limit - 1) // (sizes.chunks + 1))
+    budget = min(sizes.budget or engine.max_num_batched_tokens, most)
     longest = max(*sizes.prompts, (sizes.chunks + 1) * budget, sizes.context + 64) + 1
-    length = min(engine.resolve_max_model_len(config.max_position_embeddings), longest)
+    length = min(limit, longest)
     size, rows = engine.block_size, max(sizes.rows)
     blocks = -(-length // size) + 1 + rows * (-(-(sizes.context + 64) // size) + 1)
     return replace(
