@@ -43,9 +43,9 @@ def damage(llm: LLM, what: str, at_step: int) -> None:
 
 def _drift(what: str, look_ahead: int, checked: bool) -> list[str]:
     if not checked:
-        import tprt.engine.model_runner as model_runner
+        import tprt.engine.step_result as step_result
 
-        model_runner.check_digests = lambda step, digests: None
+        step_result.check_digests = lambda step, digests: None
     with open_tiny(look_ahead=look_ahead) as llm:
         if what and os.environ["RANK"] == "1":
             damage(llm, what, at_step=3)

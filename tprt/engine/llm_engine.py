@@ -20,12 +20,13 @@ from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.control import ControlChannel, silence_limit
 from tprt.engine.logprobs import LogprobLists
-from tprt.engine.model_runner import ModelRunner, StepResult
+from tprt.engine.model_runner import ModelRunner
 from tprt.engine.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from tprt.engine.record_builder import build_record
 from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
+from tprt.engine.step_result import StepResult
 from tprt.errors import RankMismatch, StepTimeout, TprtError
 from tprt.kernels.noise import NON_FINITE
 from tprt.tokenizer import Detokenizer, Tokenizer

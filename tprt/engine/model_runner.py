@@ -9,7 +9,6 @@ no files.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
 from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
-from tprt.engine.digest import FIELDS, check_digests, digest
+from tprt.engine.digest import FIELDS, digest
 from tprt.engine.graph_runner import DecodeBuffers, GraphRunner
 from tprt.engine.logprobs import MAX_LOGITS, Logprobs, token_logprobs
 from tprt.engine.sampler import DrawRows, Sampler
@@ -35,7 +34,8 @@ from tprt.engine.step_record import (
     StepRecord,
     bucket_of,
 )
-from tprt.engine.transfer import Download, download, upload
+from tprt.engine.step_result import StepResult
+from tprt.engine.transfer import download, upload
 from tprt.errors import StepTimeout
 from tprt.kernels import kernels_for
 from tprt.log import get_logger
@@ -45,45 +45,6 @@ logger = get_logger(__name__)
 
 # For the largest steps, their kernels' compilation included, and for the last step to end.
 START_SECONDS, CLOSE_SECONDS = 300.0, 10.0
-
-
-@dataclass
-class StepResult:
-    """What a step gave; its tensors are under way until ``check`` has returned.
-
-    Args:
-        step: number of the record.
-        rows: how many drew a token.
-        words: what comes to the host, first of all int64: tokens, then digests [ranks, fields of
-            ``digest``].
-        num_digests: words of the digests, at the end.
-        timeout: seconds to wait for the device.
-        logprobs: of the drawn tokens; None where no row wants any.
-        prompt_logprobs: of each PROMPT_LOGPROBS row, in the order of the record.
-        logits: float32 [tokens, vocab_size] on the host of each ALL_LOGITS row, in that order.
-    """
-
-    step: int
-    rows: int
-    words: Download
-    num_digests: int
-    timeout: float
-    logprobs: Logprobs | None = None
-    prompt_logprobs: list[Logprobs] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-
-    def check(self) -> list[int]:
-        """The tokens, once every rank is known to have computed the same step.
-
-        Raises:
-            StepTimeout: the device has not finished the step in time.
-            RankMismatch: the digests differ.
-        """
-        self.words.wait(f"step {self.step}", self.timeout)
-        words = self.words.tensors[0]
-        if self.num_digests:
-            check_digests(self.step, words[-self.num_digests :].view(-1, len(FIELDS)))
-        return words[: self.rows].tolist()
 
 
 def warm_up_shapes(max_tokens: int, max_model_len: int, max_rows: int) -> list[list[int]]:
@@ -340,19 +301,8 @@ class ModelRunner:
         logprobs: Logprobs | None = None,
         scored: Sequence[Logprobs] = (),
     ) -> StepResult:
-        """Sends everything to the host at once, behind all that computes it."""
-        groups = [*([] if logprobs is None else [logprobs]), *scored]
-        sent = download((words, *(tensor for group in groups for tensor in group.tensors)))
-        host = sent.tensors[1:]
-        found = [Logprobs(*host[4 * i : 4 * i + 4]) for i in range(len(groups))]
-        return StepResult(
-            step,
-            rows,
-            sent,
-            self.num_digests,
-            self.step_timeout,
-            logprobs=found.pop(0) if logprobs is not None else None,
-            prompt_logprobs=found,
+        return StepResult.send(
+            step, rows, words, self.num_digests, self.step_timeout, logprobs, scored
         )
 
     def _upload(self, *arrays: Ints) -> list[torch.Tensor]:
