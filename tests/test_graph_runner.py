@@ -31,7 +31,6 @@ TOY = PersimmonConfig(
     head_dim=8,
     max_position_embeddings=128,
 )
-CPU = torch.device("cpu")
 NUMBERS = ("aten.scalar_tensor.default", "aten.lift_fresh.default")  # a number becomes a tensor
 
 
@@ -149,9 +148,9 @@ def test_more_rows_than_the_largest_bucket_run_without_one():
     assert decode_record(rows[:-1]).graph_key == MAX_BUCKET * 4
     bans = np.zeros((MAX_BANS + 1, 2), dtype=np.int64)
     assert decode_record(rows[:2], bans=bans, full=True).graph_key == 0
-    runner = GraphRunner(lambda *_: None, 5, CPU, None, lambda: None)
+    runner = GraphRunner(lambda *_: None, 5, None, lambda: None)
     assert runner.buckets == [1, 2, 4, 8]
-    assert GraphRunner(print, 64, CPU, None, print, limit=51).buckets[-1] == 48
+    assert GraphRunner(print, 64, None, print, limit=51).buckets[-1] == 48
     assert not runner.serves(decode_record(rows[:9])) and runner.serves(decode_record(rows[:5]))
 
 
@@ -167,7 +166,7 @@ def test_words_of_a_step_pad_rows_and_bans():
 
 
 def test_capture_is_largest_first_and_close_forgets():
-    runner = GraphRunner(lambda *_: None, 64, CPU, None, lambda: None)
+    runner = GraphRunner(lambda *_: None, 64, None, lambda: None)
     runner.capture()
     order = list(runner._graphs)
     assert order == sorted(order, key=lambda k: (-k[0], not k[1]))

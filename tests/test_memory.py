@@ -10,20 +10,12 @@ from hypothesis import strategies as st
 import tprt.llm.llm as face
 import tprt.llm.memory as memory
 from tprt import LLM
+from tprt.bench.synthetic import PERSIMMON_8B
 from tprt.cli import main
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig
 from tprt.errors import ConfigError, OutOfMemoryPlan
 from tprt.llm.memory import in_gib, largest_that_fits, plan_memory
 
-PERSIMMON_8B = PersimmonConfig(
-    vocab_size=262144,
-    hidden_size=4096,
-    intermediate_size=16384,
-    num_hidden_layers=36,
-    num_attention_heads=64,
-    head_dim=64,
-    max_position_embeddings=16384,
-)
 GIB = 2**30
 
 

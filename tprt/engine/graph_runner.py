@@ -114,7 +114,6 @@ class GraphRunner:
         self,
         step: DecodeStep,
         max_rows: int,
-        device: torch.device,
         stream: torch.cuda.Stream | None,
         drain: Callable[[], None],
         limit: int = MAX_BUCKET,
@@ -123,7 +122,7 @@ class GraphRunner:
         self._kinds = (True, False) if full else (False,)
         buckets = {bucket_of(n) for n in range(1, min(max_rows, MAX_BUCKET) + 1)}
         self.buckets = sorted(bucket for bucket in buckets if bucket <= limit)
-        self._step, self._device, self._stream, self._drain = step, device, stream, drain
+        self._step, self._stream, self._drain = step, stream, drain
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph | None] = {}
 
     @property

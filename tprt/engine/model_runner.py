@@ -113,7 +113,7 @@ class ModelRunner:
             all_held = tp.graphs_hold_all
             limit = MAX_BUCKET if all_held else tp.one_shot.max_rows
             self.graphs = GraphRunner(
-                self._decode, most, device, self.stream, self._drain, limit, full=all_held
+                self._decode, most, self.stream, self._drain, limit, full=all_held
             )
 
     @property
