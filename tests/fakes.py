@@ -12,6 +12,7 @@ import torch
 from tprt.cache.kv_cache import PagedKVSpec
 from tprt.config import EngineConfig
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
 from tprt.kernels.reference import ReferenceKernels
@@ -55,7 +56,7 @@ class HashModel:
     """
 
     def __init__(self, script=None, broken=None, vocab=VOCAB):
-        self.config = SimpleNamespace(vocab_size=vocab)
+        self.config, self.vocabulary = SimpleNamespace(vocab_size=vocab), Vocabulary(vocab)
         self.script, self.broken = script or {}, broken
         self.passes = 0
 
@@ -83,7 +84,8 @@ class HashModel:
         return torch.stack([self._row(self.histories[i]) for i in hidden.tolist()])
 
     def argmax(self, hidden, noise, num_valid):
-        return ReferenceKernels().argmax(self.compute_logits(hidden), noise, 0, num_valid)
+        logits = self.compute_logits(hidden)
+        return ReferenceKernels().argmax(logits, noise, torch.arange(logits.shape[1]), num_valid)
 
     def _row(self, ids):
         generator = torch.Generator().manual_seed(hash(tuple(ids)) % 2**62)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tprt.bench import kernels as kernels_bench
 from tprt.bench import startup as startup_bench
 from tprt.bench.allreduce import AllReduceSizes, _by_graph
-from tprt.bench.decode import step_bytes
+from tprt.bench.decode_sizes import step_bytes
 from tprt.bench.device_timing import Ceilings, num_sets, time_calls
 from tprt.bench.filled import start, stop
 from tprt.bench.full_memory import limit_seconds
@@ -138,7 +138,7 @@ def test_random_model_is_the_same_at_any_size_of_the_group():
         .mlp.dense_4h_to_h.weight
         for rank in range(2)
     ]
-    assert torch.equal(torch.cat(parts, 1), whole)
+    assert torch.equal(torch.cat(parts).T, whole)  # held by neuron
 
 
 def test_workload_has_the_stated_lengths():
@@ -488,18 +488,20 @@ def test_kernels_of_every_body_and_those_that_fail(capsys, monkeypatch):
         yield from matrices(self)
 
     monkeypatch.setattr(Cases, "matrices", one_fails)
-    monkeypatch.setattr(kernels_bench, "GROUPS", ("norms", "matrices"))
+    monkeypatch.setattr(kernels_bench, "GROUPS", ("norms", "matrices", "down"))
     monkeypatch.setattr(kernels_bench, "bodies_on", lambda device: ("auto", "reference"))
     found, _ = run(capsys, "kernels", "--toy", "--shard", "2", "--json")
     lines = found["details"]["lines"]
     bodies = {(line["operation"], line["body"]) for line in lines}
     assert bodies == {
         *((op, body) for op in ("layer_norm", "add_layer_norm") for body in ("cpu", "reference")),
-        *((op, "cpu") for op in ("qkv", "o", "up", "down")),
+        *((op, "cpu") for op in ("qkv", "o", "up", "down", "sparse down")),
+        ("down", "reference"),
     }
     shapes = {line["operation"]: line["shape"] for line in lines if line["shape"].startswith("1 x")}
     assert shapes == {
-        "qkv": "1 x 64 -> 96", "o": "1 x 32 -> 64", "up": "1 x 64 -> 64", "down": "1 x 64 -> 64",
+        "qkv": "1 x 64 -> 96", "o": "1 x 32 -> 64", "up": "1 x 64 -> 64",
+        "down": "1 x 64 -> 64", "sparse down": "1 x 64 -> 64",
     }  # fmt: skip
     (failed,) = found["details"]["failed"]
     assert failed["group"] == "matrices" and failed["error"] == "RuntimeError: illegal instruction"

@@ -49,7 +49,7 @@ def test_every_command_can_be_parsed(cpu, ranks, monkeypatch):
             assert args.toy == cpu and (args.device == "cpu") == cpu
             seen.add(args.bench)
     wanted = {"decode", "prefill", "throughput"}
-    assert seen == wanted | ({"kernels", "startup"} if ranks == 1 else {"allreduce"})
+    assert seen == wanted | ({"kernels", "startup", "bytes"} if ranks == 1 else {"allreduce"})
 
 
 def test_stages_are_those_of_the_scripts():
@@ -95,6 +95,9 @@ def test_a_failed_step_is_told_and_the_next_one_runs(tmp_path, capsys):
     assert next(iter(written)) == "not_run" and written == told
     table = summary([told])
     assert "FAILED g of b: e" in table and "2.0 times transformers" in table
+    part = Step("part", prints({**REPORT, "details": {"skipped": "bytes: ncu is not there"}}))
+    told = run_stage(Stage("less", 30, [part]), tmp_path, FACTS, log)
+    assert told["ok"] and told["not_run"] == ["part: bytes: ncu is not there"]
 
 
 def test_tests_are_counted(tmp_path):
@@ -174,6 +177,14 @@ def test_figures_of_every_measurement_have_a_line():
     }  # fmt: skip
     lines = figures({"details": details})
     assert len(lines) == 8 and sum("projection" in line for line in lines) == 1
+    more = {"zeros": 0.9, "zeros_measured": 0.9, "ratio": {"dense": {"median": 1.3}},
+            "above_dense_limit": True, "dense_limit_tokens_per_s": 4.0}  # fmt: skip
+    (line,) = figures({"details": {"cells": [details["cells"][0] | more]}})
+    assert "1.3 times dense" in line and "above the dense limit of 4.0" in line
+    read = {"num_kernels": 7, "bytes": 9, "ratio": 1.125, "closed_form": {"bytes": 8}}
+    assert figures({"details": read}) == [
+        "7 kernels read 9 bytes, 1.125 times the closed form of 8"
+    ]
     assert figures(None) == []
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tprt.bench.synthetic import make_engine, random_model
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine import graph_runner, transfer
 from tprt.engine.graph_runner import GraphRunner, pack_step
 from tprt.engine.model_runner import ModelRunner, warm_up_shapes
@@ -230,14 +231,16 @@ class OneDevice(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("removed", [(), ((3, 20),)])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_decode_step_looks_at_no_value(full):
+def test_a_decode_step_looks_at_no_value(full, removed):
     """On the meta device there are none: an operation that needs one on the host raises here.
 
     What passes can be captured as far as torch's operations go; the kernels' launches are not covered.
     """
     tp = TPGroup(device=torch.device("meta"))
-    model = PersimmonForCausalLM(TOY, tp, torch.float32)
+    vocabulary = Vocabulary(TOY.vocab_size, removed)
+    model = PersimmonForCausalLM(TOY, tp, torch.float32, vocabulary=vocabulary)
     runner = ModelRunner(
         model, tp, torch.float32, num_blocks=9, block_size=4, max_num_seqs=6, max_model_len=32,
         num_valid=90,
@@ -248,7 +251,7 @@ def test_a_decode_step_looks_at_no_value(full):
         for bucket in (1, 8):
             runner._decode(bucket, full)
     assert len(seen.names) > 30
-    assert runner.buffers.logits is None or runner.buffers.logits.shape == (8, 96)
+    assert runner.buffers.logits is None or runner.buffers.logits.shape == (8, vocabulary.num_kept)
     with pytest.raises(RuntimeError, match="meta"):
         runner.buffers.tokens.tolist()
 

@@ -17,8 +17,10 @@ from tprt.distributed.sharding import (
     padded_cut,
     padded_part,
     replicated,
+    selected_rows,
 )
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.errors import ConfigError
 from tprt.kernels import Norm, reference
 from tprt.layers.attention import Attention
@@ -76,21 +78,31 @@ def test_column_then_row_is_the_whole_layer(size, monkeypatch):
         torch.testing.assert_close(h, normed)
 
 
+@pytest.mark.parametrize("removed", [(), ((2, 4),), ((0, 0), (3, 3), (8, 9))])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size, monkeypatch):
+def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size, tied, removed, monkeypatch):
     torch.manual_seed(0)
     table, ids, x = torch.randn(10, 6), torch.arange(10), torch.randn(3, 6)
-    embeddings, logits = [], []
+    vocabulary = Vocabulary(10, removed)
+    kept = [i for i in range(10) if not vocabulary.removed_of([i])]
+    embeddings, logits, columns = [], [], []
     for tp in ranks(size):
-        embedding = fill(VocabParallelEmbedding(10, 6, tp, F32), {"weight": table})
+        embedding = fill(VocabParallelEmbedding(vocabulary, 6, tp, F32), {"weight": table})
         embeddings.append(lambda embedding=embedding: embedding(ids))
-        head = fill(ParallelLMHead(10, 6, tp, F32), {"weight": table})
+        head = ParallelLMHead(vocabulary, 6, tp, F32, embedding if tied else None)
+        head = fill(head, {"weight": table})
+        assert len(head(x)[0]) == len(head.ids) == vocabulary.part(size)
         logits.append(head(x))
+        columns += head.ids.tolist()
     for rows in forward_on_paper(monkeypatch, "tprt.layers.embedding", embeddings):
-        assert torch.equal(rows, table)
+        assert torch.equal(rows[kept], table[kept])
+        assert sum(map(bool, rows.any(1).tolist())) == len(kept)
     together = torch.cat(logits, 1)
-    torch.testing.assert_close(together[:, :10], x @ table.T)
-    assert not together[:, 10:].any(), "padding rows must be zero, not uninitialised memory"
+    torch.testing.assert_close(together[:, : len(kept)], (x @ table.T)[:, kept])
+    assert not together[:, len(kept) :].any(), "padding rows must be zero, not uninitialised memory"
+    assert columns[: len(kept)] == kept and columns == sorted(set(columns))
+    assert all(i >= 10 for i in columns[len(kept) :])
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -181,6 +193,37 @@ def test_shards_put_together_are_the_tensor(n, other, size, transposed, data):
         assert torch.isfinite(parameter).all(), "padding must be zeroed"
         spec.store(parameter, back)
     assert torch.equal(back, whole)
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.data())
+def test_columns_of_all_ranks_are_the_kept_ids(n, size, data):
+    """Property: runs, tables and counts of a trimmed vocabulary all describe one list of ids."""
+    flags = data.draw(st.lists(st.booleans(), min_size=n, max_size=n).filter(any))
+    kept = [i for i in range(n) if flags[i]]
+    gone = [(i, i) for i in range(n) if not flags[i]]
+    vocabulary = Vocabulary(n, tuple(reversed(gone)))
+    part, whole = vocabulary.part(size), torch.arange(1, n + 1).unsqueeze(1)
+    assert part == padded_part(len(kept), size) and vocabulary.num_kept == len(kept)
+    assert vocabulary.removed_of(range(n)) == [i for i, _ in gone]
+    cpu, back = torch.device("cpu"), torch.zeros_like(whole)
+    for rank in range(size):
+        mine = kept[rank * part : (rank + 1) * part]
+        runs = vocabulary.runs(rank, size)
+        assert [i for run in runs for i in run] == mine and all(runs)
+        ids = vocabulary.column_ids(rank, size, cpu).tolist()
+        assert ids[: len(mine)] == mine and len(ids) == part and ids == sorted(set(ids))
+        rows = [ids.index(i) if i in mine else part for i in range(n)]
+        assert vocabulary.row_of(rank, size, cpu).tolist() == rows
+        num_valid = data.draw(st.integers(0, n + 3))
+        valid = vocabulary.valid_columns(num_valid, rank, size)
+        assert valid == sum(i < num_valid for i in mine)
+        spec = selected_rows((n, 1), runs, part + 1)
+        parameter = torch.full(spec.parameter_shape, -1)
+        spec.load(parameter, lambda s: whole[s])
+        assert parameter.flatten().tolist() == [i + 1 for i in mine] + [0] * (part + 1 - len(mine))
+        spec.store(parameter, back)
+        assert spec.needed_bytes(8) == 8 * len(mine)
+    assert back.flatten().tolist() == [(i + 1) * flags[i] for i in range(n)]
 
 
 def test_replicated_and_broadcast_specs_round_trip():

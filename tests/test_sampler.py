@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.record_builder import banned_ids, slot_options
 from tprt.engine.sampler import DrawRows, Sampler, pack, truncate, unpack
 from tprt.engine.scheduler import Row
@@ -26,9 +27,15 @@ def sequence(seed: int = 0, generated: int = 0, index: int = 0, **params) -> Seq
     return seq
 
 
-def draw(logits: torch.Tensor, sequences: list[Sequence], **sizes) -> list[int]:
-    sampler = Sampler(TPGroup(), logits.shape[1], sizes.get("num_valid", logits.shape[1]))
-    state, rows = rows_of(sequences, logits.shape[1])
+def draw(
+    logits: torch.Tensor,
+    sequences: list[Sequence],
+    num_valid: int | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> list[int]:
+    vocabulary = vocabulary or Vocabulary(logits.shape[1])
+    sampler = Sampler(TPGroup(), vocabulary, vocabulary.size if num_valid is None else num_valid)
+    state, rows = rows_of(sequences, vocabulary)
     logits = sampler.mask_padding(logits.clone())
     digest = torch.tensor([3, -4])
     if len(rows.bans) or any(seq.request.params.needs_whole_row for seq in sequences):
@@ -39,9 +46,9 @@ def draw(logits: torch.Tensor, sequences: list[Sequence], **sizes) -> list[int]:
     return tokens.tolist()
 
 
-def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]:
+def rows_of(sequences: list[Sequence], vocabulary: Vocabulary) -> tuple[SlotState, DrawRows]:
     """Each sequence in a slot of its own, about to draw its next token."""
-    state = SlotState(len(sequences), 1, vocab, CPU)
+    state = SlotState(len(sequences), 1, vocabulary.num_kept, vocabulary, CPU)
     for slot, seq in enumerate(sequences):
         state.begin(replace(slot_options(seq), slot=slot))
     bans = [
@@ -61,7 +68,7 @@ def rows_of(sequences: list[Sequence], vocab: int) -> tuple[SlotState, DrawRows]
 def test_noise_is_gumbel():
     """Moments and tail of 4 million draws; a wrong transform or a weak hash shows in either."""
     keys = torch.tensor([sequence_key(s, 0) for s in range(64)])
-    noise = gumbel(keys, torch.arange(64), token_table(0, 65536, CPU)).double()
+    noise = gumbel(keys, torch.arange(64), token_table(torch.arange(65536))).double()
     assert torch.isfinite(noise).all()
     assert noise.mean().item() == pytest.approx(0.57722, abs=0.003)
     assert noise.var().item() == pytest.approx(1.64493, abs=0.01)
@@ -73,7 +80,7 @@ def test_noise_is_gumbel():
 
 def test_noise_does_not_correlate_between_neighbours():
     """Keys, positions and ids that differ by one must give unrelated noise."""
-    table = token_table(0, 20000, CPU)
+    table = token_table(torch.arange(20000))
     base = [sequence_key(7, 0), sequence_key(7, 1), sequence_key(8, 0)]
     rows = gumbel(torch.tensor([*base, base[0]]), torch.tensor([5, 5, 5, 6]), table)
     both = torch.cat([rows, rows[:1].roll(1, 1)])
@@ -82,10 +89,10 @@ def test_noise_does_not_correlate_between_neighbours():
 
 
 def test_noise_of_an_id_does_not_depend_on_the_cut():
-    whole = gumbel(torch.tensor([123]), torch.tensor([9]), token_table(0, 640, CPU))
+    whole = gumbel(torch.tensor([123]), torch.tensor([9]), token_table(torch.arange(640)))
     parts = [
-        gumbel(torch.tensor([123]), torch.tensor([9]), token_table(160 * r, 160, CPU))
-        for r in range(4)
+        gumbel(torch.tensor([123]), torch.tensor([9]), token_table(ids))
+        for ids in torch.arange(640).split(160)
     ]
     assert torch.equal(whole, torch.cat(parts, 1))
 
@@ -210,7 +217,7 @@ def test_penalties_and_bias_against_a_plain_reference(seed):
     )
     prompt, vocab = [rng.randrange(12) for _ in range(6)], 12
     seq = Sequence(request=Request(prompt, p, 1000, 0), slot=0)
-    state = SlotState(2, 1, vocab, CPU)
+    state = SlotState(2, 1, vocab, Vocabulary(vocab), CPU)
     state.begin(slot_options(seq))
     for step in range(12):
         logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(100 * seed + step))

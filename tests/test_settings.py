@@ -64,7 +64,7 @@ def test_a_whole_file(write):
     """Guards against sections that are read and then forgotten."""
     path = write(
         "model: {path: /m, tokenizer: /t, dtype: fp16, rotary_precision: fp32, verify: full,"
-        " bos_policy: bos, device: cpu}\n"
+        " bos_policy: bos, trim_vocab: [[3, 9], [20, 20]], device: cpu}\n"
         "parallel:\n  tensor: 4\n"
         "engine:\n  max_num_seqs: 8\n  max_num_batched_tokens: 2k\n  max_model_len: 16K\n"
         "  block_size: 32\n  seed: -5\n"
@@ -76,7 +76,7 @@ def test_a_whole_file(write):
     settings = load_settings(path, [], {})
     assert settings.model.model_dump() == {
         "path": "/m", "tokenizer": "/t", "dtype": "float16", "rotary_precision": "fp32",
-        "verify": "full", "bos_policy": "bos", "device": "cpu",
+        "verify": "full", "bos_policy": "bos", "trim_vocab": ((3, 9), (20, 20)), "device": "cpu",
     }  # fmt: skip
     assert settings.parallel.tensor == 4
     assert settings.engine_config() == EngineConfig(

@@ -129,6 +129,41 @@ def test_special_and_unused_ids(tokenizer, control, folder):
     assert len(Tokenizer(folder / "plain.model").unused_ids) == 0
 
 
+def test_reserved_block_is_what_the_file_proves_unused(tokenizer, control, folder, tmp_path):
+    """Guards against trimming rows because pieces look alike: T5 writes its ``<extra_id_7>``."""
+    for each in (tokenizer, control, Tokenizer(folder / "bpe.model")):
+        first, last = each.reserved_block()
+        assert [each.id_to_piece(i) for i in range(first, last + 1)] == UNUSED
+        spelled = each.encode("".join(UNUSED), add_bos=False)
+        assert not set(spelled) & set(range(first, last + 1)), "no text becomes one"
+    with pytest.raises(ConfigError, match="nothing in this tokenizer says"):
+        Tokenizer(folder / "plain.model").reserved_block()
+    path = tmp_path / "t5.model"
+    path.write_bytes(train(control_symbols=[f"<extra_id_{i}>" for i in range(9)]))
+    suspicious = Tokenizer(path)
+    with pytest.raises(
+        ConfigError, match=r"ids 3 to 11 \(<extra_id_0> to <extra_id_8>\)"
+    ) as caught:
+        suspicious.reserved_block()
+    assert "model.trim_vocab=[[3, 11]]" in str(caught.value)
+    suspicious.check_removable([(3, 11)])  # for who knows better
+    proto = path.read_bytes()
+    path.write_bytes(sentencepiece_model.retype(proto, dict.fromkeys(range(5, 8), 5)))
+    assert Tokenizer(path).reserved_block() == (5, 7), "of type UNUSED, whatever the name"
+
+
+def test_pieces_that_must_stay(tokenizer):
+    first, last = tokenizer.reserved_block()
+    tokenizer.check_removable([(first, last), (400, 419)])
+    needed = ("<unk>", "<s>", "</s>", *SPECIALS, "<end_of_turn>", "<0x00>", "<0xFF>")
+    for i in map(tokenizer.piece_to_id, needed):
+        with pytest.raises(ConfigError, match=rf"must stay: {i} \("):
+            tokenizer.check_removable([(first, last), (i, i)])
+    with pytest.raises(ConfigError, match="and 253 more"):
+        byte = tokenizer.piece_to_id("<0x00>")
+        tokenizer.check_removable([(byte, byte + 255)])
+
+
 # ---------------------------------------------------------------- encode
 
 

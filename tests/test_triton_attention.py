@@ -1,14 +1,15 @@
 """Triton's attention over a paged cache against the plain one, in memory full of NaN."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tprt.kernels import reference
-from tprt.kernels.triton_ops import decode_attention
+from tprt.kernels import HeadNorms, reference
+from tprt.kernels.triton_ops import TritonKernels, decode_attention
 from tprt.kernels.triton_ops.attention import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -139,8 +140,8 @@ def test_chunks_of_every_tiling(dtype, body):
 
 def test_which_chunks_torch_takes():
     def takes(device, body, new, old):
-        planner = TritonAttention(16, 2, 64, torch.bfloat16, torch.device(device))
-        planner.prefill_body = body
+        planner = TritonAttention(16, 2, 64, torch.bfloat16, DEVICE)
+        planner.device, planner.prefill_body = torch.device(device), body
         return planner._takes_sdpa(new, old)
 
     assert takes("cuda", "auto", 512, 0)
@@ -265,6 +266,184 @@ def test_nan_of_one_sequence_stays_in_it():
     assert after[0, 0].isnan().all() and after[2:22, 1].isnan().all()
     after[0, 0], after[2:22, 1] = before[0, 0], before[2:22, 1]
     assert torch.equal(after, before)
+
+
+# ---------------------------------------------------------------- a decode step in one kernel
+
+
+class Step:
+    """New tokens of rows whose cache does not hold them yet; ``padding`` rows more share one slot."""
+
+    def __init__(self, lengths, dtype, block_size, heads, dim, width=0, padding=0, norms=True):
+        self.cache, self.tables = paged(lengths, dtype, block_size, heads, dim, width)
+        self.count, rows = len(lengths), len(lengths) + padding
+        self.tables = torch.cat([self.tables, self.tables.new_zeros(padding, self.tables.shape[1])])
+        self.lengths = torch.tensor([*lengths, *[1] * padding], device=DEVICE)
+        last = self.lengths - 1
+        blocks = self.tables.gather(1, (last // block_size).unsqueeze(1)).squeeze(1)
+        keys = blocks * (2 * block_size) + last % block_size
+        self.slots = torch.stack([keys, keys + block_size])
+        self.cache.view(-1, heads, dim)[self.slots] = NAN
+        generator = torch.Generator().manual_seed(7)
+        randn = partial(torch.randn, generator=generator)
+        memory = torch.full((rows, heads + 1, 3, dim + 8), NAN, dtype=dtype, device=DEVICE)
+        self.qkv = memory[:, :heads, :, :dim]
+        self.qkv.copy_(randn(rows, heads, 3, dim) * 2 + 1)
+        weight, bias = randn(2, heads, 2, dim).to(DEVICE)
+        self.norms = HeadNorms(weight, bias, 1e-5) if norms else None
+        rotary_dim = dim // 4 * 2
+        self.cos, self.sin = randn(2, rows, 1, 1, rotary_dim).to(DEVICE)
+
+    def rows(self, order):
+        """The same with some of its rows, and a cache of its own."""
+        few = object.__new__(Step)
+        few.__dict__.update(self.__dict__, cache=self.cache.clone(), count=len(order))
+        for name in ("tables", "lengths", "qkv", "cos", "sin"):
+            setattr(few, name, getattr(self, name)[order])
+        few.slots = self.slots[:, order]
+        return few
+
+    def run(self, plan, fused):
+        """Results of the rows that count, and the cache after the step."""
+        cache, body = self.cache.clone(), TritonKernels(DEVICE, fused=fused)
+        cos, sin, slots = self.cos, self.sin, self.slots
+        out = body.attend(self.qkv, self.norms, cos, sin, cache, slots, plan, SCALE)
+        assert out.is_contiguous() and out.dtype == cache.dtype
+        return out[: self.count], cache
+
+    def plain(self):
+        """Results of the rows that count, from the plain body on a CPU in float32."""
+        body, rows = reference.ReferenceKernels(), slice(self.count)
+        old = [length - 1 for length in self.lengths[rows].tolist()]
+        plan = reference.ReferenceAttention().plan(self.tables.cpu(), [1] * self.count, old)
+        qkv, cos, sin = (x[rows].float().cpu() for x in (self.qkv, self.cos, self.sin))
+        norms = HeadNorms(self.norms.weight.cpu(), self.norms.bias.cpu(), self.norms.eps)
+        cache, slots = self.cache.clone().float().cpu(), self.slots[:, rows].cpu()
+        return body.attend(qkv, norms, cos, sin, cache, slots, plan, SCALE).to(DEVICE)
+
+
+def bits_of(found):
+    """Comparable, NaN included."""
+    kind = {2: torch.int16, 4: torch.int32}[found.element_size()]
+    return found.contiguous().view(kind)
+
+
+def check_step(step, planner):
+    """One kernel against three, twice with the same plan; nothing is left in the counters."""
+    plan = planner.plan_decode(step.tables, step.lengths)
+    assert plan.fuses
+    expected, cache = step.run(plan, fused=False)
+    assert expected.isfinite().all()
+    for _ in range(2):
+        found, written = step.run(plan, fused=True)
+        assert torch.equal(bits_of(found), bits_of(expected))
+        # Padding rows write to block 0, in any order.
+        assert torch.equal(bits_of(written[1:]), bits_of(cache[1:]))
+        assert not planner.counters.any()
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "dim", "block_size", "padding"),
+    [
+        (torch.float32, 3, 48, 8, 0),
+        (torch.bfloat16, 3, 64, 16, 2),
+        (torch.bfloat16, 5, 48, 8, 3),
+        (torch.float16, 1, 20, 4, 0),
+        (torch.float16, 2, 80, 24, 1),
+    ],
+)
+def test_one_kernel_has_the_bits_of_three(dtype, heads, dim, block_size, padding):
+    """At the ends of chunks, among others and alone, beside rows that share a slot."""
+    lengths = [1, 15, 16, 17, 70]
+    step = Step(lengths, dtype, block_size, heads, dim, 14, padding)
+    with constants(CHUNK=16, MERGED_AT_ONCE=2):
+        planner = planner_for(step.cache)
+        expected = check_step(step, planner)
+        for order in ([4], [2, 0, 3]):
+            found, _ = step.rows(order).run(
+                planner.plan_decode(step.tables[order], step.lengths[order]), fused=True
+            )
+            assert torch.equal(found, expected[order]), order
+    torch.testing.assert_close(expected.float(), step.plain(), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_a_single_chunk_is_written_at_once(norms):
+    step = Step([1, 9, 127, 128], torch.bfloat16, 16, 2, 64, norms=norms)
+    planner = planner_for(step.cache)
+    assert planner.plan_decode(step.tables, step.lengths).rows.partials is None
+    check_step(step, planner)
+
+
+def test_passes_of_chunks_take_several_kernels_of_the_same_bits():
+    step = Step([5, 40], torch.bfloat16, 8, 3, 48)
+    with constants(CHUNK=16):
+        planner = planner_for(step.cache)
+        listed = planner.plan(step.tables, [1, 1], [4, 39])
+        assert not listed.fuses
+        found, cache = step.run(listed, fused=True)
+        expected, written = step.run(planner.plan_decode(step.tables, step.lengths), fused=True)
+    assert torch.equal(found, expected) and torch.equal(bits_of(cache), bits_of(written))
+
+
+def test_launches_of_few_rows_and_other_numbers_of_programs_change_no_bit():
+    step = Step([70, 3, 33, 16, 64], torch.float32, 8, 3, 16, width=10)
+    partials = 4 * 5 * 3 * 18  # of one row
+    with constants(CHUNK=16):
+        expected = check_step(step, planner_for(step.cache))
+    few = {"MAX_PARTIAL_BYTES": 3 * partials}
+    for other in (few, {"MIN_PROGRAMS": 1}, {"MIN_PROGRAMS": 3}, {"MAX_ROWS": 2}):
+        with constants(CHUNK=16, **other):
+            assert torch.equal(check_step(step, planner_for(step.cache)), expected), other
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the order of programs is the GPU's own")
+@pytest.mark.parametrize("order", [(3, 2, 1, 0), (2, 0, 3, 1)])
+def test_who_comes_last_merges_whoever_it_is(order, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    step = Step([70, 3, 33], torch.float32, 8, 3, 16, width=10)
+    with constants(CHUNK=16):
+        planner = planner_for(step.cache)
+        expected = check_step(step, planner)
+        place, come = interpreter_builder.set_grid_idx, []
+
+        def shuffled(x, y, z):
+            come.append((x, y, z))
+            place(x, y, order[z] if interpreter_builder.grid_dim[2] == 4 else z)
+
+        monkeypatch.setattr(interpreter_builder, "set_grid_idx", shuffled)
+        assert torch.equal(check_step(step, planner), expected)
+        assert max(z for *_, z in come) == 3, "four programs of each row"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_replays_of_one_kernel_have_the_bits_of_three():
+    """Many of them, in layers that follow each other: counters are used again at once."""
+    step = Step([700, 1, 300, 129, 5], torch.bfloat16, 16, 8, 64, width=64)
+    planner, body = planner_for(step.cache), TritonKernels(DEVICE)
+    lengths, caches = step.lengths.clone(), [step.cache.clone() for _ in range(8)]
+    plan = planner.plan_decode(step.tables, lengths)
+
+    def layers(body, caches):
+        qkv = step.qkv
+        for cache in caches:
+            arguments = step.norms, step.cos, step.sin, cache, step.slots, plan, SCALE
+            out = body.attend(qkv, *arguments)
+            qkv = out.unsqueeze(2) + step.qkv
+        return out
+
+    layers(body, caches)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layers(body, caches)
+    expected = layers(TritonKernels(DEVICE, fused=False), [step.cache.clone() for _ in range(8)])
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, expected)
+    assert not planner.counters.any()
 
 
 @pytest.mark.gpu

@@ -24,7 +24,8 @@ import triton
 
 ROOT = Path(__file__).resolve().parent.parent
 SM_90 = 90
-F32, BF16, F16, I64 = torch.float32, torch.bfloat16, torch.float16, torch.int64
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+I32, I64 = torch.int32, torch.int64
 # Persimmon-8B.
 HIDDEN, MLP, VOCAB, NUM_HEADS, HEAD_DIM, ROTARY = 4096, 16384, 262144, 64, 64, 32
 BLOCK_SIZE, BLOCKS = 16, 1000
@@ -36,6 +37,7 @@ MATRICES = {
     "lm_head": (VOCAB, HIDDEN),
 }
 CALLS: dict[str, Callable[[], object]] = {}
+WRITES = r"\b(?:st|atom|red|cp\.reduce)\S*\.global\S*|\batom\S*|\bred\.\S*"
 
 
 def t(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -135,6 +137,45 @@ def linear_unrounded() -> None:
         linear.linear_unrounded(t(rows, HIDDEN), t(HIDDEN, HIDDEN), tiles.Tiles())
 
 
+@call
+def products_with_norms_and_sums() -> None:
+    """Of one row; of as many as LayerNorm and residual leave registers for; and of few columns."""
+    from tprt.kernels.interface import PendingNorm
+    from tprt.kernels.triton_ops import linear, tiles
+
+    for rows, k, dtype in ((1, HIDDEN, BF16), (2, HIDDEN, F16), (2, 512, BF16), (1, HIDDEN, F32)):
+        weight, bias = t(MLP, k, dtype=dtype), t(MLP, dtype=dtype)
+        norm = norm_of(k)._replace(weight=t(k, dtype=dtype), bias=t(k, dtype=dtype))
+        pending = PendingNorm(t(rows, k, dtype=dtype), norm)
+        linear.linear(pending, weight, bias, tiles.Tiles())
+        linear.linear_squared_relu(pending, weight, bias, tiles.Tiles())
+    for rows in (1, 2, 16):
+        x, residual = t(rows, HIDDEN), t(rows, HIDDEN)
+        linear.linear_add(x, t(HIDDEN, HIDDEN), t(HIDDEN), residual, tiles.Tiles())
+
+
+def sparse_product(rows: int, skip: bool = True, dtype: torch.dtype = BF16) -> None:
+    from tprt.kernels.triton_ops import sparse_linear
+
+    x, weight, counters = t(rows, MLP, dtype=dtype), t(MLP, HIDDEN, dtype=dtype), t(4096, dtype=I32)
+    sparse_linear.product(x, weight, counters, skip)
+
+
+SPARSE = {f"sparse_{rows}": partial(sparse_product, rows) for rows in (1, 2, 4, 8, 16)}
+CALLS |= SPARSE | {f"not_skipping_{n}": partial(sparse_product, n, False) for n in (1, 8)}
+
+
+@call
+def sparse_product_with_sums() -> None:
+    from tprt.kernels.triton_ops import sparse_linear
+
+    counters = t(4096, dtype=I32)
+    for rows, neurons, width in ((1, MLP, HIDDEN), (8, MLP, HIDDEN), (8, 1633, 409)):
+        sums = t(width), t(rows, width)
+        sparse_linear.product(t(rows, neurons), t(neurons, width), counters, True, *sums)
+    sparse_product(8, dtype=F32)
+
+
 def noise_of(rows: int, all_greedy: bool) -> Any:
     from tprt.kernels import Noise
 
@@ -148,8 +189,9 @@ def head() -> None:
 
     for all_greedy in (True, False):
         noise = noise_of(2, all_greedy)
-        head.linear_argmax(t(2, HIDDEN), t(VOCAB, HIDDEN), noise, 0, VOCAB)
-        head.argmax(t(2, VOCAB, dtype=F32), noise, 0, VOCAB)
+        ids = t(VOCAB, dtype=I64)
+        head.linear_argmax(t(2, HIDDEN), t(VOCAB, HIDDEN), noise, ids, VOCAB)
+        head.argmax(t(2, VOCAB, dtype=F32), noise, ids, VOCAB)
 
 
 def attention(dim: int, dtype: torch.dtype) -> tuple[Any, Callable[[int, Any], None]]:
@@ -169,6 +211,21 @@ def decode_attention() -> None:
         if dtype == BF16:
             run(2, planner.plan_decode(t(2, 1, dtype=I64), t(2, dtype=I64)))  # a single chunk
             run(2, planner.plan(t(2, BLOCKS, dtype=I64), (1, 1), (5000, 60)))
+
+
+@call
+def fused_attention() -> None:
+    from tprt.kernels import HeadNorms
+
+    for dim, dtype in ((HEAD_DIM, BF16), (HEAD_DIM, F32), (128, F16)):
+        planner, _ = attention(dim, dtype)
+        cache = t(BLOCKS, 2, BLOCK_SIZE, NUM_HEADS, dim, dtype=dtype)
+        vectors, angles = t(NUM_HEADS, 2, dim, dtype=F32), t(2, 1, 1, dim // 2, dtype=F32)
+        qkv, slots = t(2, NUM_HEADS, 3, dim, dtype=dtype), t(2, 2, dtype=I64)
+        norms = HeadNorms(vectors, vectors, 1e-5)
+        for blocks in (BLOCKS, 1) if dtype == BF16 else (BLOCKS,):
+            plan = planner.plan_decode(t(2, blocks, dtype=I64), t(2, dtype=I64))
+            plan.fused(qkv, norms, angles, angles, cache, slots, 0.125)
 
 
 @call
@@ -218,6 +275,7 @@ class NoDevice:
 def compile_all() -> dict[str, Any]:
     """Of each call its kernels, as ``describe`` does, or the traceback of what went wrong."""
     triton.runtime.driver.set_active(NoDevice())
+    launch_as_dependents()
     kernels: list[Any] = []
     run = triton.runtime.JITFunction.run
 
@@ -242,6 +300,15 @@ def compile_all() -> dict[str, Any]:
     return found
 
 
+def launch_as_dependents() -> None:
+    """What ``pdl_options`` gives on this GPU, also for tensors without memory."""
+    import tprt.kernels.triton_ops as kernels
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith(kernels.__name__) and hasattr(module, "pdl_options"):
+            module.pdl_options = lambda _: {"PDL": True, "launch_pdl": True}
+
+
 def describe(name: str, kernel: Any) -> dict[str, Any]:
     ptx, layouts = kernel.asm["ptx"], kernel.asm["ttgir"]
     command = [ptxas(), "-v", f"-arch=sm_{SM_90}a", "-o", os.devnull, "/dev/stdin"]
@@ -255,6 +322,13 @@ def describe(name: str, kernel: Any) -> dict[str, Any]:
         "shared": kernel.metadata.shared,
         "reads": Counter(read_widths(ptx)),
         "reductions": sorted(set(reduction_layouts(layouts))),
+        "dependent": kernel.metadata.launch_pdl,
+        "waits": "griddepcontrol.wait" in ptx,
+        "barriers_among_products": ptx[ptx.find("fma.rn.f32") : ptx.rfind("fma.rn.f32")].count(
+            "bar.sync"
+        ),
+        "reads_ahead": Counter(read_widths(ptx.partition("griddepcontrol.wait")[0])),
+        "writes_ahead": re.findall(WRITES, ptx.partition("griddepcontrol.wait")[0]),
     }
 
 
@@ -306,12 +380,59 @@ def test_kernels_compile_and_spill_nothing(name, compiled):
         assert kernel["shared"] <= 227 * 1024, kernel
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_dependent_kernels_write_nothing_before_they_wait(name, compiled):
+    for kernel in compiled[name]:
+        assert not kernel["dependent"] or (kernel["waits"] and not kernel["writes_ahead"]), kernel
+    if ("attention" in name and "prefill" not in name) or name in (*SPARSE, "add_layer_norm"):
+        assert all(kernel["dependent"] for kernel in compiled[name])
+
+
+def test_fused_attention_streams_and_sums_as_its_three_kernels(compiled):
+    """Two programs of 256 threads fit an SM; keys and values come 16 bytes at a time."""
+    fused, apart = compiled["fused_attention"], compiled["decode_attention"]
+    assert {kernel["kernel"] for kernel in fused} == {"_qk_rope_attend"}
+    for kernel in fused:
+        assert kernel["registers"] <= 128 and kernel["reads"]["16"] >= 16, kernel
+    merging = [kernel for kernel in apart if kernel["kernel"] == "_merge_chunks"]
+    for mine, attend, merge in ((0, 0, 0), (2, -2, -2), (3, -1, -1)):
+        streaming = [kernel for kernel in apart if kernel["kernel"] == "_attend_chunks"]
+        expected = streaming[attend]["reductions"] + merging[merge]["reductions"]
+        assert set(expected) <= set(fused[mine]["reductions"])
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_weights_are_read_16_bytes_at_a_time(name, compiled):
     (kernel,) = compiled[name]
     assert set(kernel["reads"]) == {"16"}, kernel
     weights_in_flight = 3 if name.endswith("_16") else 8
     assert kernel["reads"]["16"] >= weights_in_flight
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_live_rows_are_read_16_bytes_at_a_time(name, compiled):
+    """A row of W takes one load of each thread, and two turns of them are written out."""
+    (kernel,) = compiled[name]
+    rows = int(name.removeprefix("sparse_"))
+    of_weights, of_sums = 2 * (4 if rows <= 4 else 2), 8 * rows
+    assert kernel["reads"]["16"] == of_weights + of_sums, kernel
+    assert set(kernel["reads"]) <= {"16", "4", "2"}, kernel
+    assert kernel["barriers_among_products"] == 0, "each warp goes its own way"
+
+
+def test_a_sparse_sum_has_one_order_skipping_or_not_and_for_any_number_of_rows(compiled):
+    kernels = [compiled[name][0] for name in CALLS if name.startswith(("sparse_", "not_skip"))]
+    orders = [{r for r in kernel["reductions"] if "xf32" in r} for kernel in kernels]
+    assert len(orders[0]) == 2, "over the warps of a program, then over groups of neurons"
+    assert all(order == orders[0] for order in orders)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_weights_are_asked_for_before_the_wait(name, compiled):
+    (kernel,) = compiled[name]
+    assert kernel["dependent"]
+    ahead = 0 if name == "float32_16" else 4  # whose registers are all taken
+    assert kernel["reads_ahead"].get("16", 0) >= ahead, kernel
 
 
 def test_a_row_is_summed_in_the_same_order_among_any_number_of_rows(compiled):

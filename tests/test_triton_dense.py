@@ -12,9 +12,10 @@ pytest.importorskip("triton")
 import triton
 
 from tprt.errors import ConfigError
-from tprt.kernels import HeadNorms, Norm, kernels_for, use_kernels
+from tprt.kernels import HeadNorms, Norm, SparseWeight, kernels_for, use_kernels
+from tprt.kernels.interface import PendingNorm
 from tprt.kernels.reference import FP16_MAX, ReferenceKernels
-from tprt.kernels.triton_ops import linear, norm, rotary, tiles
+from tprt.kernels.triton_ops import TritonKernels, linear, norm, rotary, tiles
 from tprt.kernels.triton_ops.tiles import Plan, Tile, Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,20 +34,31 @@ EPS = 1e-5
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Memory that a kernel allocates and does not write is NaN, not the result of a call before."""
+    """Memory that a kernel allocates and does not write is NaN, not the result of a call before.
+
+    By then weights are there: kernels may read them before what was launched earlier has ended.
+    """
     empty = torch.empty
 
     def filled(*args, **kwargs):
         out = empty(*args, **kwargs)
-        return out.fill_(NAN) if out.is_floating_point() else out
+        out = out.fill_(NAN) if out.is_floating_point() else out
+        wait_for_device()
+        return out
 
     monkeypatch.setattr(torch, "empty", filled)
 
 
+def wait_for_device():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def randn(*shape, dtype=F32, seed=0):
     """Values, and a dtype they fit in."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return values.to(DEVICE, dtype)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    wait_for_device()
+    return values
 
 
 def inside(*shape, dtype=F32, seed=0):
@@ -281,6 +293,51 @@ def test_squared_relu(table, dtype):
     assert dtype != F16 or (found[:, 3] == FP16_MAX).all()
 
 
+def plan_of(tile, n, k, dtype):
+    return Tiles({(n, k, dtype): Plan(tile, tile, fma_rows=0, max_rows=16)})
+
+
+@DTYPES
+@TILES
+@pytest.mark.parametrize("n, k", [(7, 33), (9, 64), (17, 300), (5, 1100)])
+def test_layer_norm_of_what_a_product_reads(n, k, tile, dtype):
+    """The bits of a product of the LayerNorm that another kernel has made, and no NaN from around x."""
+    table, x, scale = plan_of(tile, n, k, dtype), inside(3, k, dtype=dtype), norm_of(k, dtype)
+    weight, bias = randn(n, k, dtype=dtype, seed=1), randn(n, dtype=dtype, seed=2)
+    h = norm.layer_norm(x, scale)
+    for product in (linear.linear, linear.linear_squared_relu):
+        found = product(PendingNorm(x, scale), weight, bias, table)
+        assert found.isfinite().all()
+        assert torch.equal(found, product(h, weight, bias, table))
+
+
+def test_only_few_rows_of_few_columns_are_normalized_by_their_product(monkeypatch):
+    calls, layer_norm = [], linear.layer_norm
+    monkeypatch.setattr(linear, "layer_norm", lambda *of: calls.append(1) or layer_norm(*of))
+    for rows, k in ((2, 40), (3, 40), (17, 40), (1, 16384)):
+        x, scale, weight = randn(rows, k), norm_of(k, F32), randn(4, k, seed=1)
+        found = linear.linear(PendingNorm(x, scale), weight, None, Tiles())
+        assert_rounded(found, exact_norm(x, scale) @ weight.double().t(), scale=10 * k**0.5)
+    assert len(calls) == 3
+
+
+@DTYPES
+@TILES
+@pytest.mark.parametrize("n, k", SHAPES)
+def test_bias_and_residual_enter_a_product_before_its_only_rounding(n, k, tile, dtype):
+    """The stream that ``add_layer_norm`` makes of the same product, bit for bit."""
+    rows, table = 3 if tile is FMA else 11, plan_of(tile, n, k, dtype)
+    x, weight = randn(rows, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1)
+    bias, residual = randn(n, dtype=dtype, seed=2), inside(rows, n, dtype=dtype, seed=3)
+    expected, _ = norm.add_layer_norm(
+        linear.linear_unrounded(x, weight, table), bias, residual, norm_of(n, dtype)
+    )
+    found = linear.linear_add(x, weight, bias, residual, table)
+    assert found.dtype == dtype and found.isfinite().all()
+    assert torch.equal(found, expected)
+    assert linear.linear_add(x, weight, bias, residual, CUBLAS) is None
+
+
 def test_logits_are_never_rounded_to_the_dtype_of_the_model():
     weight = randn(30, 96, dtype=BF16, seed=1)
     for rows in (2, 9, 17):  # fma, dot, cuBLAS
@@ -295,26 +352,39 @@ def test_transposed_weights_are_products_too():
     assert_rounded(linear.linear(x, weight, None, Tiles()), exact_product(x, weight), scale=8)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_the_body_is_the_plain_one(rows):
+def test_the_body_is_the_plain_one(rows, fused):
     """Every dense operation of the interface, in float32, at sizes that divide by nothing."""
-    with use_kernels("triton"):
+    with use_kernels("triton", fused=fused):
         body = kernels_for(DEVICE)
     assert body.name == "triton"
     x, weight, bias = randn(rows, 36), randn(52, 36, seed=1), randn(52, seed=2)
     residual, n = randn(rows, 52, seed=3), norm_of(52, F32)
-    assert body.pack_weight(weight) is weight
+    pending, sparse = PendingNorm(x, norm_of(36, F32)), SparseWeight(weight.t().contiguous(), None)
+    assert body.pack_weight(weight) is weight and body.pack_sparse(sparse.rows) == sparse
     calls = [
         ("layer_norm", (residual, n)),
         ("add_layer_norm", (randn(rows, 52, seed=4), bias, residual, n)),
+        ("normed", (x,)),
+        ("normed", (pending,)),
         ("linear", (x, weight)),
         ("linear", (x, weight, bias)),
+        ("linear", (pending, weight, bias)),
         ("linear_squared_relu", (x, weight, bias)),
+        ("linear_squared_relu", (pending, weight, bias)),
         ("linear_add_layer_norm", (x, weight, bias, residual, n)),
+        ("sparse_linear", (x.relu(), sparse)),
+        ("sparse_linear_add_layer_norm", (x.relu(), sparse, bias, residual, n)),
         ("logits", (x, weight)),
     ]
     for name, arguments in calls:
         found, expected = (getattr(b, name)(*arguments) for b in (body, REFERENCE))
+        if isinstance(found, tuple):
+            assert isinstance(found[1], PendingNorm) == (
+                fused and name != "add_layer_norm" and rows <= 16 - 8 * name.startswith("sparse")
+            )
+            found = found[0], body.normed(found[1])
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5, msg=name)
     qkv, cos, sin, cache, slots = qkv_case(min(rows, 9), 3, 20, 10, F32)
     plain, norms = cache.clone(), head_norms(3, 20)
@@ -322,6 +392,26 @@ def test_the_body_is_the_plain_one(rows):
     expected = REFERENCE.qk_norm_rotary_store(qkv, norms, cos, sin, plain, slots)
     torch.testing.assert_close(q, expected, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(cache, plain, rtol=1e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_fused_kernels_give_the_bits_of_separate_ones(rows):
+    """From one LayerNorm to the next, both row-parallel products among them."""
+    norms = [norm_of(64, BF16, seed) for seed in (20, 30)]
+    up, down, bias = (randn(*s, dtype=BF16, seed=len(s)) for s in ((96, 64), (96, 64), (96,)))
+    streams = []
+    for fused in (True, False):
+        body = TritonKernels(DEVICE, fused=fused)
+        x = randn(rows, 64, dtype=BF16)
+        h = PendingNorm(x, norms[0]) if fused else body.layer_norm(x, norms[0])
+        hidden = body.linear_squared_relu(h, up, bias)
+        x, h = body.sparse_linear_add_layer_norm(
+            hidden, SparseWeight(down, None), bias[:64], x, norms[1]
+        )
+        x, h = body.linear_add_layer_norm(body.normed(h), up[:64], bias[:64], x, norms[0])
+        streams.append((x, body.linear(h, up)))
+    for found, expected in zip(*streams, strict=True):
+        assert found.isfinite().all() and torch.equal(found, expected)
 
 
 def test_no_rows_are_no_rows():
@@ -432,6 +522,14 @@ def test_damaged_tables_are_refused(change):
     with pytest.raises(ConfigError) as error:
         tiles.parse(json.dumps({"shapes": [{**ENTRY, **change}]}), "folder/device.json")
     assert error.value.where == "folder/device.json"
+
+
+def test_a_table_may_say_how_many_rows_skip():
+    assert tiles.parse('{"shapes": []}', "x").sparse_rows == tiles.SPARSE_ROWS
+    assert tiles.parse('{"shapes": [], "sparse_rows": 12}', "x").sparse_rows == 12
+    for wrong in ("17", "-1", "8.0", "null"):
+        with pytest.raises(ConfigError, match="sparse_rows"):
+            tiles.parse(f'{{"shapes": [], "sparse_rows": {wrong}}}', "x")
 
 
 def test_the_table_of_a_device_is_found_by_its_name(tmp_path, monkeypatch):

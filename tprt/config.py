@@ -28,6 +28,9 @@ MAX_COUNTS = {"num_hidden_layers": 4096, "num_attention_heads": 65536}
 MAX_COUNT = 2**31 - 1  # of any other size
 DTYPES = ("bfloat16", "float32", "float16")
 KERNELS = ("auto", "reference", "triton")
+# Which ids get no rows in embedding and head: none, what the tokenizer says is unused, or ranges of a
+# first and a last id.
+TrimVocab = Literal["off", "reserved"] | tuple[tuple[int, int], ...]
 DTYPE_ALIASES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 
 
@@ -271,6 +274,9 @@ class EngineConfig:
         look_ahead: steps that are planned before the last one's tokens are read: 1, or 0 to wait.
         record_path: file that gets every step record, for replay; None writes none.
         kernels: "auto" (Triton on a GPU, torch's own on a CPU), "reference" (plain torch) or "triton".
+        sparse_rows: most rows of a step for which down projections read only what meets something
+            other than 0; None as measured for the device, 0 for never.
+        fuse_kernels: on a GPU, fewer and larger kernels per layer; false for one per operation.
         enforce_eager: launch decode steps operation by operation, without CUDA graphs.
         one_shot_all_reduce: let ranks with NVLink sum small messages in one kernel of our own, fused
             with bias, residual and LayerNorm, instead of NCCL.
@@ -290,6 +296,8 @@ class EngineConfig:
     look_ahead: int = 1
     record_path: str | None = None
     kernels: str = "auto"
+    sparse_rows: int | None = None
+    fuse_kernels: bool = True
     enforce_eager: bool = False
     one_shot_all_reduce: bool = True
     step_timeout: float = 60.0
@@ -310,11 +318,17 @@ class EngineConfig:
                 )
         if self.look_ahead not in (0, 1) or isinstance(self.look_ahead, bool):
             raise ConfigError(f"look_ahead is {self.look_ahead!r}", hint="0 or 1")
-        for name in ("enable_prefix_caching", "enforce_eager", "one_shot_all_reduce"):
+        flags = ("enable_prefix_caching", "enforce_eager", "one_shot_all_reduce", "fuse_kernels")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}", hint="true or false")
         if self.kernels not in KERNELS:
             raise ConfigError(f"kernels is {self.kernels!r}", hint=f"one of {', '.join(KERNELS)}")
+        rows = self.sparse_rows
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 0):
+            raise ConfigError(
+                f"sparse_rows is {rows!r}", hint="a number of rows, 0 for never, or leave it out"
+            )
         if not isinstance(self.step_timeout, int | float) or not 0 < self.step_timeout < 1e9:
             raise ConfigError(
                 f"step_timeout is {self.step_timeout!r}, allowed are above 0 seconds", hint="60"
@@ -329,6 +343,11 @@ class EngineConfig:
                 f"gpu_memory_utilization is {share!r}, allowed are above 0 to 1", hint="0.9"
             )
 
+    @property
+    def kernel_choice(self) -> tuple[str, int | None, bool]:
+        """What ``kernels.use_kernels`` is told."""
+        return self.kernels, self.sparse_rows, self.fuse_kernels
+
     def resolve_max_model_len(self, limit: int) -> int:
         """max_model_len, or ``limit``, the model's own; ConfigError when it is above that."""
         if self.max_model_len is not None and self.max_model_len > limit:
@@ -342,6 +361,23 @@ class EngineConfig:
 def default_rotary_precision(layout: str) -> RotaryPrecision:
     """What a layout's own code computes where a checkpoint does not say: Megatron rotates in bf16."""
     return "bf16" if layout == "megatron" else "fp32"
+
+
+def parse_trim_vocab(value: object) -> TrimVocab:
+    """``off``, ``reserved`` or a list of pairs as a ``TrimVocab``.
+
+    Raises:
+        ValueError: another value; says what it must be.
+    """
+    if value == "off" or value == "reserved":
+        return value
+    if isinstance(value, list | tuple) and value:
+        pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in value]
+        if all(len(pair) == 2 and all(type(i) is int for i in pair) for pair in pairs):
+            return tuple((first, last) for first, last in pairs)
+    raise ValueError(
+        "must be off, reserved or ranges of a first and a last id such as [[3, 70002]]"
+    )
 
 
 _CONFIG_HINT = "the configuration as it came with the weights"

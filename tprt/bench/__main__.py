@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m tprt.bench", description=(__doc__ or "").split("\n")[0]
     )
     add_flags(parser)
-    parser.add_argument("--model", metavar="NAME", help="persimmon-8b, persimmon-100m, toy or JSON")
+    parser.add_argument(
+        "--model", metavar="NAME", help="persimmon-8b, -400m, -100m, toy, a JSON or a checkpoint"
+    )
     parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE")
     parser.add_argument("--device", metavar="DEVICE", help="cuda or cpu")
     parser.add_argument(
@@ -66,8 +68,13 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def _config(name: str) -> PersimmonConfig:
-    known = named_config(name)
-    return known or PersimmonConfig.from_hf(json.loads(Path(name).read_text("utf-8")))
+    if (known := named_config(name)) is not None:
+        return known
+    if name.endswith(".json"):
+        return PersimmonConfig.from_hf(json.loads(Path(name).read_text("utf-8")))
+    from tprt.checkpoint import open_checkpoint
+
+    return open_checkpoint(name).config
 
 
 if __name__ == "__main__":

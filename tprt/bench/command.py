@@ -29,14 +29,17 @@ BENCHES = {
     "scheduler": "the host's work per step at 64 sequences, without a model",
     "record": "handing a step record to the other ranks of --nproc N",
     "prefix": "prompt tokens computed when 32 requests share 1,024 tokens",
+    "sparsity": "zeros that your own prompts leave in a checkpoint's layers",
+    "bytes": "what a GPU reads from DRAM for one token, by Nsight Compute",
 }
 PEERS = ("transformers",)
 WITH_PEER = ("throughput", "latency", "decode", "prefill")
-ONE_PROCESS = ("scheduler", "kernels", "startup")
+ONE_PROCESS = ("scheduler", "kernels", "startup", "sparsity", "bytes")
+WITH_ZEROS = ("decode", "bytes")
 SEVERAL_RANKS = ("record", "allreduce")
 WITHOUT_MODEL = ("record", "allreduce")
 # Measured at full size on a GPU; on a CPU, and for the others, a model that fits any machine.
-FULL_SIZE = ("kernels", "decode", "prefill", "startup")
+FULL_SIZE = ("kernels", "decode", "prefill", "startup", "bytes")
 
 Say = Callable[[str], None]
 
@@ -60,7 +63,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="of decode: cached tokens (16,512,2048,16384); of throughput: one such number",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="of decode: steps of a run (64)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="of decode: steps of a run (64); of sparsity: tokens to generate per prompt (64)",
+    )
+    parser.add_argument(
+        "--zeros",
+        type=_shares,
+        metavar="SHARE,...",
+        help="of decode and bytes: synthetic shares of zeros after squared ReLU, between 0 and 1; with "
+        "them decode compares steps that skip zeros with steps that do not",
+    )
+    parser.add_argument(
+        "--trim",
+        action="store_true",
+        help="of decode and bytes: without embedding and head rows of ids that no text is made of",
+    )
     parser.add_argument("--repeats", type=int, metavar="N", help="runs of each measurement")
     parser.add_argument(
         "--prompt", type=_numbers, metavar="N,...", help="of prefill: tokens (2048,16384)"
@@ -87,10 +107,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--folder", type=Path, metavar="DIR", help="of startup: where the checkpoint is made"
     )
     parser.add_argument("--keep", action="store_true", help="of startup: leave it there")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="of sparsity: prompts, as for tprt generate",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE.svg", help="of sparsity: a picture too (.svg or .png)"
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def check_flags(args: argparse.Namespace, ranks: int) -> None:
@@ -119,12 +152,35 @@ def check_flags(args: argparse.Namespace, ranks: int) -> None:
         raise ConfigError(f"{args.bench} with {ranks} ranks", hint="it runs in one process")
     if args.shard > 1 and (args.bench not in ("kernels", "decode") or ranks > 1):
         raise ConfigError("--shard", hint="it goes with kernels and decode, in one process")
+    _check_zeros(args, ranks)
     if args.bench in SEVERAL_RANKS and ranks == 1 and "RANK" not in os.environ:
         raise ConfigError(f"{args.bench} with 1 rank", hint="--nproc 2 or more")
 
 
+def _check_zeros(args: argparse.Namespace, ranks: int) -> None:
+    for share in args.zeros or ():
+        if not 0 < share < 1:
+            raise ConfigError(f"--zeros holds {share:g}", hint="shares between 0 and 1: 0.5,0.9")
+    for flag, given in (("--zeros", args.zeros is not None), ("--trim", args.trim)):
+        if given and args.bench not in WITH_ZEROS:
+            raise ConfigError(
+                f"{flag} with {args.bench}", hint=f"it goes with {', '.join(WITH_ZEROS)}"
+            )
+    if args.zeros is not None and (ranks > 1 or args.shard > 1):
+        what = f"{ranks} ranks" if ranks > 1 else f"--shard {args.shard}"
+        raise ConfigError(f"--zeros with {what}", hint="it is measured on one rank: --nproc 1")
+    if args.zeros is not None and args.profile is not None:
+        raise ConfigError("--profile with --zeros", hint="decode without --zeros keeps a trace")
+    for flag in ("zeros", "context"):
+        if args.bench == "bytes" and len(getattr(args, flag) or ()) > 1:
+            raise ConfigError(f"bytes with several of --{flag}", hint="one at a time")
+    for flag in ("input", "plot"):
+        if getattr(args, flag) is not None and args.bench != "sparsity":
+            raise ConfigError(f"--{flag} with {args.bench}", hint="it goes with sparsity")
+
+
 def named_config(name: str) -> PersimmonConfig | None:
-    """The config of "persimmon-8b", "persimmon-100m" or "toy"; None for any other text."""
+    """The config of "persimmon-8b", -400m, -100m or "toy"; None for any other text."""
     from tprt.bench.synthetic import CONFIGS
 
     return CONFIGS.get(name)
@@ -188,6 +244,14 @@ def run_bench(
         from tprt.bench.scheduler import scheduler
 
         return scheduler(engine, say)
+    if args.bench == "sparsity":
+        from tprt.bench.sparsity import SparsitySizes, sparsity
+
+        sizes = SparsitySizes() if args.steps is None else SparsitySizes(new_tokens=args.steps)
+        files = {"input_file": args.input, "plot": args.plot}
+        return sparsity(engine, model and model[1], device, **files, sizes=sizes, say=say)
+    if args.bench == "bytes":
+        return _bytes(args, engine, model, device, say)
 
     from tprt.distributed.tp_group import init_tp_group, launched_size
 
@@ -209,10 +273,32 @@ def run_bench(
 
 def _default_model(args: argparse.Namespace, device_type: str) -> tuple[PersimmonConfig, str]:
     full = args.bench in FULL_SIZE and device_type == "cuda"
-    name = "toy" if args.toy else "persimmon-8b" if full else "persimmon-100m"
+    # Of small matrices even a step that skips much is mostly something else.
+    small = "persimmon-100m" if args.zeros is None else "persimmon-400m"
+    name = "toy" if args.toy else "persimmon-8b" if full else small
     config = named_config(name)
     assert config is not None
     return config, name
+
+
+def _bytes(
+    args: argparse.Namespace,
+    engine: EngineConfig,
+    model: tuple[PersimmonConfig, str] | None,
+    device: str | None,
+    say: Say,
+) -> "Report":
+    """Without a group of ranks: another process has the GPU."""
+    import torch
+
+    from tprt.bench.dram_bytes import CONTEXT, dram_bytes
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config, name = model or _default_model(args, torch.device(device).type)
+    (zeros,) = args.zeros or (None,)
+    (context,) = args.context or (16 if args.toy else CONTEXT,)
+    step = {"zeros": zeros, "trim": args.trim, "context": context}
+    return dram_bytes(config, name, engine, device, **step, say=say)
 
 
 def _throughput(job: Job) -> "Report | None":
@@ -233,16 +319,18 @@ def _latency(job: Job) -> "Report | None":
 
 
 def _decode(job: Job) -> "Report | None":
-    from tprt.bench import decode
+    from tprt.bench import decode, zeros
+    from tprt.bench.decode_sizes import TOY, DecodeSizes
 
+    args, on_cpu = job.args, job.tp.device.type == "cpu"
     sizes = job.sizes(
-        decode.DecodeSizes(), decode.TOY,
+        zeros.ON_CPU if args.zeros is not None and on_cpu else DecodeSizes(), TOY,
         batches="batch", contexts="context", steps="steps", repeats="repeats",
     )  # fmt: skip
-    shard, profile = job.args.shard, job.args.profile
-    return decode.decode(
-        *job.subject, sizes=sizes, **job.peer, shard=shard, profile=profile, **job.how
-    )
+    common = {**job.peer, **job.how, "sizes": sizes, "trim": args.trim}
+    if args.zeros is not None:
+        return zeros.zeros_sweep(*job.subject, zeros=args.zeros, **common)
+    return decode.decode(*job.subject, shard=args.shard, profile=args.profile, **common)
 
 
 def _prefill(job: Job) -> "Report | None":

@@ -6,80 +6,28 @@ trace of some steps then says whether the host was in the way.
 
 import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tprt.bench.decode_sizes import DecodeSizes, StepBytes, decode_settings, fitted, step_bytes
 from tprt.bench.device_timing import Ceilings, measure_ceilings
-from tprt.bench.filled import (
-    WARM_UP_STEPS,
-    blocks_needed,
-    decode_seconds,
-    fill_cache,
-    prompts_of,
-    start,
-    stop,
-)
-from tprt.bench.latency import weight_bytes
+from tprt.bench.filled import WARM_UP_STEPS, decode_seconds, fill_cache, prompts_of, start, stop
 from tprt.bench.one_rank import lone_rank
 from tprt.bench.projection import FORMULA, SOURCES, project, shown
 from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio
 from tprt.bench.step_trace import count_steps, steps_range, trace_path, traced
-from tprt.bench.synthetic import cache_memory, random_engine
+from tprt.bench.synthetic import random_engine, trimmed
 from tprt.bench.transformers_decode import DecodePeer
 from tprt.bench.transformers_peer import TransformersPeer, fastest
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
-from tprt.engine.memory_plan import plan_ranks
 from tprt.errors import ConfigError
 
 CHECKED_TOKENS = 24  # of the prompt on which the peer must give our logits
-
-
-@dataclass(frozen=True)
-class DecodeSizes:
-    """Args:
-    batches, contexts: sequences that decode together, and tokens cached before the first step.
-    steps: of one run. repeats: runs of a cell. traced: steps under the profiler.
-    """
-
-    batches: Sequence[int] = (1, 4, 16)
-    contexts: Sequence[int] = (16, 512, 2048, 16384)
-    steps: int = 64
-    repeats: int = 5
-    traced: int = 16
-
-    @property
-    def cells(self) -> list[tuple[int, int]]:
-        return [(batch, context) for batch in self.batches for context in self.contexts]
-
-    @property
-    def new_tokens(self) -> int:
-        """Of a sequence, so that none ends while it is measured or traced."""
-        return max(self.steps, self.traced) + 2 * WARM_UP_STEPS + 2
-
-
-TOY = DecodeSizes((1, 3), (16, 40), steps=6, repeats=2, traced=3)
-
-
-@dataclass(frozen=True)
-class StepBytes:
-    """What a rank reads in a decode step: every matrix once, and the keys and values of the batch."""
-
-    weights: int
-    kv_per_token: int
-
-    def of(self, batch: int, context: float) -> float:
-        return self.weights + batch * context * self.kv_per_token
-
-
-def step_bytes(config: PersimmonConfig, dtype: torch.dtype, tp_size: int) -> StepBytes:
-    kv = plan_ranks(config, tp_size, dtype, config.max_position_embeddings)[0].kv_per_token
-    return StepBytes(weight_bytes(config, dtype, tp_size), kv)
 
 
 def decode(
@@ -91,6 +39,7 @@ def decode(
     sizes: DecodeSizes,
     vs: str | None,
     pairs: int,
+    trim: bool,
     shard: int,
     profile: Path | None,
     toy: bool,
@@ -99,6 +48,7 @@ def decode(
     """A line for each batch size and context.
 
     Args:
+        trim: leave the rows of unused ids out of embedding and head.
         shard: above 1, the part of rank 0 of so many, alone and without collectives, and a projection.
         profile: where the trace goes; None keeps its counts alone.
     """
@@ -110,8 +60,9 @@ def decode(
     ceilings = measure_ceilings(device, toy) if tp.rank == 0 else None
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    settings = _settings(config, engine_config, sizes, vs)
-    engine = random_engine(config, tp, settings)
+    settings = decode_settings(config, engine_config, sizes, alone=vs is None)
+    vocabulary = trimmed(config) if trim else None
+    engine = random_engine(config, tp, settings, vocabulary=vocabulary)
     fill_cache(engine.runner)
     if tp.rank != 0:
         engine.serve("decode")
@@ -129,11 +80,10 @@ def decode(
     engine.begin_call("decode")
     if vs is not None:
         peer = TransformersPeer(config, dtype, device, settings.seed)
-        (prompt,) = prompts_of(CHECKED_TOKENS, 1, config.vocab_size, settings.seed)
+        (prompt,) = prompts_of(CHECKED_TOKENS, 1, config.vocab_size, settings.seed, vocabulary)
         details["logit_difference"] = peer.logit_difference(engine, prompt)
-    measure = _Measure(
-        engine, ceilings, step_bytes(config, dtype, tp.size), sizes, peer, pairs, say
-    )
+    needed = step_bytes(config, dtype, tp.size, vocabulary)
+    measure = _Measure(engine, ceilings, needed, sizes, peer, pairs, say)
     cells = [measure.cell(batch, context) for batch, context in sizes.cells]
     engine.end_call()
     measured = [cell for cell in cells if "skipped" not in cell]
@@ -160,38 +110,13 @@ def decode(
             "steps": sizes.steps,
             "repeats": sizes.repeats,
             "shard": shard,
+            "trim": trim,
             "kernels": engine.runner.sampler.kernels.name,
             "enforce_eager": settings.enforce_eager,
             "one_shot": tp.one_shot is not None,
             "pairs": pairs if vs else None,
         },
         details=details,
-    )
-
-
-def _settings(
-    config: PersimmonConfig,
-    engine: EngineConfig,
-    sizes: DecodeSizes,
-    vs: str | None,
-) -> EngineConfig:
-    """Slots and blocks for the largest cell; without a peer the cache may take all there is."""
-    limit = engine.resolve_max_model_len(config.max_position_embeddings)
-    # A block more than tokens need, as admission asks for one.
-    length = min(limit, max(sizes.contexts) + sizes.new_tokens + 1 + engine.block_size)
-    memory = engine.kv_cache_memory
-    if memory is None and vs is not None:
-        largest = max(
-            batch * blocks_needed(min(context, length), sizes.new_tokens, engine.block_size)
-            for batch, context in sizes.cells
-        )
-        memory = cache_memory(config, engine, 1, largest)  # a peer has one rank beside it
-    return replace(
-        engine,
-        max_num_seqs=max(sizes.batches),
-        max_model_len=length,
-        kv_cache_memory=memory,
-        enable_prefix_caching=True,  # how contexts are entered
     )
 
 
@@ -209,18 +134,12 @@ class _Measure:
 
     def cell(self, batch: int, context: int) -> dict[str, Any]:
         engine, sizes = self.engine, self.sizes
-        # The last position of the model is within the last step.
-        asked, context = context, min(context, engine.runner.max_model_len - sizes.new_tokens - 1)
-        found: dict[str, Any] = {"batch": batch, "context": context}
-        if context < asked:
-            found["shortened_from"] = asked
-            self.say(f"context {asked} is shortened to {context}: the model has no more positions")
-        need = batch * blocks_needed(context, sizes.new_tokens, engine.config.block_size)
-        if need > engine.blocks.capacity:
-            found["skipped"] = f"{need} KV blocks needed, {engine.blocks.capacity} there"
-            self.say(f"batch {batch:3} context {context:6}: skipped, {found['skipped']}")
+        found = fitted(engine, sizes, batch, context, self.say)
+        if "skipped" in found:
             return found
-        prompts = prompts_of(context, batch, engine.runner.vocab_size, seed=engine.config.seed)
+        context, model = found["context"], engine.runner.model
+        vocab_size, seed = engine.runner.vocab_size, engine.config.seed
+        prompts = prompts_of(context, batch, vocab_size, seed, model.vocabulary)
 
         def ours() -> float:
             return decode_seconds(engine, prompts, sizes.steps)
@@ -268,7 +187,8 @@ def _trace(
             path = trace_path(profile, engine.tp.rank, engine.tp.size)
             path.parent.mkdir(parents=True, exist_ok=True)
         engine.begin_call("trace")
-        prompts = prompts_of(context, batch, engine.runner.vocab_size, seed=engine.config.seed)
+        vocab_size, vocabulary = engine.runner.vocab_size, engine.runner.model.vocabulary
+        prompts = prompts_of(context, batch, vocab_size, engine.config.seed, vocabulary)
         sequences = start(engine, prompts, sizes.new_tokens)
         with traced(engine.tp.device, path):
             for _ in range(WARM_UP_STEPS):

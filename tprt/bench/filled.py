@@ -13,6 +13,7 @@ import torch
 
 from tprt.bench.synthetic import greedy, random_prompt
 from tprt.cache.block_manager import BlockManager, extend_block_keys
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
 from tprt.engine.sequence import Sequence
@@ -22,18 +23,28 @@ WARM_UP_STEPS = 4
 
 
 @torch.inference_mode()
-def fill_cache(runner: ModelRunner) -> None:
-    """Random keys and values in every block of this rank."""
-    for cache in runner.caches:
-        cache.kv.normal_()
+def fill_cache(runner: ModelRunner, like: ModelRunner | None = None) -> None:
+    """Random keys and values in every block of this rank; those of ``like``, which has as many."""
+    for layer, cache in enumerate(runner.caches):
+        if like is None:
+            cache.kv.normal_()
+        else:
+            cache.kv.copy_(like.caches[layer].kv)
     if runner.stream is not None:
         runner.stream.wait_stream(torch.cuda.current_stream(runner.tp.device))
 
 
-def prompts_of(context: int, batch: int, vocab_size: int, seed: int) -> list[list[int]]:
-    """Prompts of which ``context`` tokens are to be cached and one is to be computed."""
+def prompts_of(
+    context: int, batch: int, vocab_size: int, seed: int, vocabulary: Vocabulary | None = None
+) -> list[list[int]]:
+    """Prompts of which ``context`` tokens are to be cached and one is to be computed.
+
+    Args:
+        vocabulary: of a trimmed model; ids come from behind what it has removed.
+    """
     rng = random.Random(f"{seed} {context} {batch}")
-    return [random_prompt(rng, context + 1, vocab_size) for _ in range(batch)]
+    first = max((last + 1 for _, last in vocabulary.removed), default=0) if vocabulary else 0
+    return [random_prompt(rng, context + 1, vocab_size, first) for _ in range(batch)]
 
 
 def blocks_needed(context: int, new_tokens: int, block_size: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tprt.bench.decode import StepBytes, step_bytes
+from tprt.bench.decode_sizes import StepBytes, step_bytes
 from tprt.bench.device_timing import Ceilings, measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, blocks_needed, decode_seconds, fill_cache, prompts_of
 from tprt.bench.report import Report, Say, device_name

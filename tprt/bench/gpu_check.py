@@ -69,6 +69,20 @@ ONE: dict[str, tuple[int, Benches]] = {
             f"decode --batch 1 --context 512 {PEER}", f"decode --batch 1 {PEER}"
         ),
     }),
+    # 11 cells of 5 shares, each 7 pairs of runs of 40 steps of 4 to 15 ms, and 8 watched ones: 250 s;
+    # two engines on one model 80 s, reads between cells 10 s, the sparse kernels to compile 30 s.
+    "sparse": (530, {
+        "zeros": (
+            "decode --zeros 0.7,0.8,0.9,0.95,0.99 --trim --pairs 7 --steps 32",
+            "decode --zeros 0.5,0.9 --trim --pairs 1 --steps 2 --batch 1 --context 16",
+        ),
+    }),
+    # Three eager engines 50 s each; Nsight Compute takes 10 ms for each of 300 kernels.
+    "bytes": (400, {
+        "dense": ("bytes --set sparse_rows=0", "bytes --set sparse_rows=0"),
+        "90% zeros": ("bytes --zeros 0.9", "bytes --zeros 0.9"),
+        "90% zeros, trimmed": ("bytes --zeros 0.9 --trim", "bytes --zeros 0.9 --trim"),
+    }),
     # 7 prompts of 2,048 tokens of 50 ms, 7 of 16,384 of 0.7 s, as many by the peer: 20 s; 36 runs of 5
     # mixed steps of 50 ms; the engine and the peer's model 60 s.
     "prefill": (400, {"prefill": (f"prefill {PEER}", f"prefill {PEER}")}),

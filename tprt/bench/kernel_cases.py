@@ -16,10 +16,12 @@ import torch
 from tprt.bench.device_timing import Call, num_sets
 from tprt.config import PersimmonConfig
 from tprt.distributed.sharding import padded_part
-from tprt.kernels import HeadNorms, Kernels, Noise, Norm
+from tprt.kernels import HeadNorms, Kernels, Noise, Norm, SparseWeight
 from tprt.layers.rotary import RotaryEmbedding
 
 BLOCK_SIZE = 16
+LIVE_SHARE = 0.1  # of the neurons behind squared ReLU, independent of one another
+MOST_SPARSE_ROWS = 16  # beyond, no body skips anything
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ TOY = Shapes((1, 3, 17), (1, 3), (16, 150), (1, 3), (20,))
 
 
 GROUPS = (
-    "norms", "rotary_and_store", "matrices", "head", "decode_attention", "prefill_attention",
+    "norms", "rotary_and_store", "matrices", "down", "head", "decode_attention", "prefill_attention",
 )  # fmt: skip
 
 
@@ -154,7 +156,7 @@ class Cases:
     # ------------------------------------------------------------ matrices
 
     def matrices(self) -> Iterator[Case]:
-        """The four of a layer. A row-parallel one ends in the LayerNorm on a single rank alone."""
+        """All of a layer but ``down``. On a single rank a row-parallel one ends in the LayerNorm."""
         config, kernels = self.config, self.kernels
         hidden, ffn = config.hidden_size, config.intermediate_size // self.shard
         local = hidden // self.shard
@@ -173,7 +175,6 @@ class Cases:
 
         for name, inputs, outputs in (
             ("qkv", hidden, 3 * local), ("o", local, hidden), ("up", hidden, ffn),
-            ("down", ffn, hidden),
         ):  # fmt: skip
             count = num_sets(inputs * outputs * self.dtype.itemsize, self.device)
             weights = [
@@ -181,8 +182,6 @@ class Cases:
             ]
             for rows in self.shapes.rows:
                 x, residual = self.randn(rows, inputs), self.randn(rows, hidden)
-                if name == "down":  # what comes out of the square
-                    x = x.relu().square()
                 if name in ("qkv", "up"):
                     product = kernels.linear if name == "qkv" else kernels.linear_squared_relu
                     calls = [column(product, x, weight, outputs) for weight in weights]
@@ -197,6 +196,41 @@ class Cases:
                     2 * rows * inputs * outputs,
                 )
 
+    def down(self) -> Iterator[Case]:
+        """The last matrix of a layer, read as a whole, and skipping with few of its inputs not 0."""
+        config, kernels, usual = self.config, self.kernels, self.kernels.sparse_rows
+        hidden, ffn = config.hidden_size, config.intermediate_size // self.shard
+        bias = self.randn(hidden)
+        count = num_sets(hidden * ffn * self.dtype.itemsize, self.device)
+        weights = [kernels.pack_sparse(self.randn(ffn, hidden).mul_(0.02)) for _ in range(count)]
+
+        def call(x: torch.Tensor, weight: SparseWeight, residual: torch.Tensor) -> Call:
+            if self.shard > 1:
+                return partial(kernels.sparse_linear, x, weight)
+            product = kernels.sparse_linear_add_layer_norm
+            return partial(product, x, weight, bias, residual, self.norm)
+
+        for rows in self.shapes.rows:
+            residual = self.randn(rows, hidden)
+            for operation, sparse_rows in (("down", 0), ("sparse down", MOST_SPARSE_ROWS)):
+                if sparse_rows and (rows > sparse_rows or usual == 0):
+                    continue
+                x = self.randn(rows, ffn).square()  # what squared ReLU leaves
+                x.masked_fill_(torch.rand(x.shape, device=self.device) >= LIVE_SHARE, 0.0)
+                read = ((x != 0).any(dim=0).double().mean().item() if sparse_rows else 1.0) * ffn
+                kernels.sparse_rows = sparse_rows
+                try:  # until the next case is asked for, this one is timed
+                    yield self._case(
+                        operation,
+                        f"{rows} x {ffn} -> {hidden}",
+                        [call(x, weight, residual) for weight in weights],
+                        read * hidden + rows * ffn,
+                        rows * hidden,
+                        2 * rows * read * hidden,
+                    )
+                finally:
+                    kernels.sparse_rows = usual
+
     def head(self) -> Iterator[Case]:
         """Every other row greedy, the rest with noise: what a graph always computes."""
         hidden, part = self.config.hidden_size, padded_part(self.config.vocab_size, self.shard)
@@ -204,6 +238,7 @@ class Cases:
         weights = [
             self.kernels.pack_weight(self.randn(part, hidden).mul_(0.02)) for _ in range(count)
         ]
+        ids = torch.arange(part, device=self.device)
         for rows in self.shapes.rows:
             index = torch.arange(rows, device=self.device)
             noise = Noise(
@@ -216,7 +251,7 @@ class Cases:
             yield self._case(
                 "linear_argmax",
                 f"{rows} x {hidden} -> {part}",
-                [partial(self.kernels.linear_argmax, x, w, noise, 0, part) for w in weights],
+                [partial(self.kernels.linear_argmax, x, w, noise, ids, part) for w in weights],
                 hidden * part + rows * hidden,
                 0,
                 2 * rows * hidden * part,

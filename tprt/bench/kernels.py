@@ -131,7 +131,7 @@ def tune_tiles(
     TritonKernels(device)  # says so where Triton does not run
     hidden, ffn = config.hidden_size, config.intermediate_size // shard
     local, part = hidden // shard, padded_part(config.vocab_size, shard)
-    shapes = [(3 * local, hidden), (hidden, local), (ffn, hidden), (hidden, ffn), (part, hidden)]
+    shapes = [(3 * local, hidden), (hidden, local), (ffn, hidden), (part, hidden)]
     if toy:
         shapes = shapes[1:2]
 

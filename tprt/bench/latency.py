@@ -21,8 +21,9 @@ from tprt.bench.synthetic import (
 from tprt.bench.transformers_peer import TransformersPeer, fastest
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
-from tprt.engine.memory_plan import plan_ranks
+from tprt.models.persimmon import PersimmonForCausalLM
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 TOY = 8, 6
@@ -35,11 +36,14 @@ def generate(engine: LLMEngine, prompt: list[int], new_tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def weight_bytes(config: PersimmonConfig, dtype: torch.dtype, tp_size: int) -> int:
+def weight_bytes(
+    config: PersimmonConfig, dtype: torch.dtype, tp_size: int, vocabulary: Vocabulary | None = None
+) -> int:
     """Bytes of weights that a rank reads per token: all but the rows of the embedding."""
-    rank = plan_ranks(config, tp_size, dtype, config.max_position_embeddings)[0]
-    rows = -(-config.vocab_size // tp_size) * config.hidden_size * dtype.itemsize
-    return rank.weights - (0 if config.tie_word_embeddings else rows)
+    tp = TPGroup(0, tp_size, torch.device("meta"))
+    model = PersimmonForCausalLM(config, tp, dtype, vocabulary=vocabulary)
+    rows = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
+    return (sum(p.numel() for p in model.parameters()) - rows) * dtype.itemsize
 
 
 def latency(

@@ -56,7 +56,7 @@ def prefix(
     """32 requests of 1,024 shared tokens and 16 of their own, one new token each."""
     require_length(config, engine_config, SHARED + OWN + 1)
     dtype: torch.dtype = getattr(torch, engine_config.dtype)
-    with use_kernels(engine_config.kernels):
+    with use_kernels(*engine_config.kernel_choice):
         model = random_model(config, tp, dtype, engine_config.seed)
     rng = random.Random(engine_config.seed)
     shared = random_prompt(rng, SHARED, config.vocab_size)

@@ -4,6 +4,7 @@ Knows no model and no engine.
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -79,6 +80,33 @@ def compare(runs: Mapping[str, Run], pairs: int, say: Say) -> dict[str, list[flo
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
     """How many times faster we are: the median over pairs of their seconds / ours."""
     return round(statistics.median(b / a for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def ratio_interval(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    """``median_ratio`` with what is known about it.
+
+    Returns:
+        "median", "min" and "max" of the pairs; "low" and "high", between which the true median lies with
+        "confidence" by the sign test, so whatever the distribution: 95% or more, and less only where
+        fewer than six pairs cannot give it.
+    """
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    pairs = len(ratios)
+
+    def confidence(cut: int) -> float:
+        """That fewer than ``cut`` pairs do not all fall on one side of the median by chance."""
+        return 1 - 2 * sum(math.comb(pairs, i) for i in range(cut)) / 2**pairs
+
+    cut = max((c for c in range(1, pairs // 2 + 1) if confidence(c) >= 0.95), default=1)
+    return {
+        "median": round(statistics.median(ratios), 3),
+        "min": round(ratios[0], 3),
+        "max": round(ratios[-1], 3),
+        "low": round(ratios[cut - 1], 3),
+        "high": round(ratios[-cut], 3),
+        "confidence": round(confidence(cut), 3),
+        "pairs": pairs,
+    }
 
 
 def read_bandwidth(device: torch.device, repeats: int = 7) -> float:

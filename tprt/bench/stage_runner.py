@@ -190,6 +190,9 @@ def _missing(step: Step, result: Mapping[str, Any]) -> list[str]:
         told.append(f"{step.name}: cut off after {result['seconds']:.0f} s")
     elif not result["ok"]:
         told.append(f"{step.name}: failed with exit code {result['exit_code']}")
+    report = result.get("report") or {}
+    if skipped := report.get("details", {}).get("skipped"):
+        told.append(f"{step.name}: {skipped}")
     tests = result.get("tests") or {}
     for reason, count in tests.get("skipped", {}).items():
         told.append(f"{step.name}: {count} tests skipped: {reason}")
@@ -244,7 +247,14 @@ def figures(report: Mapping[str, Any] | None) -> list[str]:
             lines.append(
                 f"batch {cell['batch']:3} context {cell['context']:6}: {cell['ms_per_step']:9.3f} ms, "
                 f"{cell['tokens_per_s']:9.1f} tokens/s, {cell['share_of_bandwidth']:.1%}"
+                + (_beside_dense(cell) if "zeros" in cell else "")
             )
+    if "num_kernels" in details:
+        needed = details["closed_form"]["bytes"]
+        lines.append(
+            f"{details['num_kernels']} kernels read {details['bytes']} bytes, {details['ratio']} times "
+            f"the closed form of {needed}"
+        )
     if trace := details.get("trace"):
         waits, idle = trace["waits_per_step"] or "none", trace["idle_share"]
         lines.append(f"waits per step {waits}, kernels {trace['kernels_per_step']}, idle {idle}")
@@ -277,3 +287,12 @@ def figures(report: Mapping[str, Any] | None) -> list[str]:
     for start in details.get("starts", ()):
         lines.append(f"{start['kind']:10} {start['seconds']:.2f} s: {start['phases']}")
     return lines
+
+
+def _beside_dense(cell: Mapping[str, Any]) -> str:
+    """Of a cell of ``decode --zeros``."""
+    above = "above" if cell["above_dense_limit"] else "below"
+    return (
+        f", zeros {cell['zeros_measured']:.1%}: {cell['ratio']['dense']['median']} times dense, {above} "
+        f"the dense limit of {cell['dense_limit_tokens_per_s']}"
+    )

@@ -16,7 +16,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="measure on random weights",
         description="Measure on random weights; the last line is one JSON object. "
         + "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
-        + ". --model also takes persimmon-8b, persimmon-100m and toy.",
+        + ". --model also takes persimmon-8b, persimmon-400m, persimmon-100m and toy.",
     )
     add_flags(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this host")

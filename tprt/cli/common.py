@@ -130,6 +130,7 @@ def make_llm(settings: Settings) -> "LLM":
         rotary_precision=model.rotary_precision,
         verify=model.verify,
         bos_policy=model.bos_policy,
+        trim_vocab=model.trim_vocab,
         device=None if model.device == "auto" else model.device,
         **vars(settings.engine_config()),
     )

@@ -18,7 +18,7 @@ from tprt.checkpoint import open_checkpoint
 from tprt.cli.common import LAUNCHER
 from tprt.cli.settings import Settings
 from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, PeerLost
-from tprt.llm import open_tokenizer
+from tprt.llm import open_tokenizer, resolve_vocabulary
 
 SECONDS_TO_END = 10
 ENDING = "SIGTERM,SIGHUP,SIGQUIT"  # what torch's launcher ends the ranks on, but for Ctrl-C
@@ -29,7 +29,8 @@ def check_start(settings: Settings, ranks: int) -> None:
     model = settings.model
     reader = open_checkpoint(model.path)
     reader.config.validate_parallel(ranks)
-    open_tokenizer(reader, model.tokenizer, model.bos_policy)
+    tokenizer = open_tokenizer(reader, model.tokenizer, model.bos_policy)
+    resolve_vocabulary(reader.config.vocab_size, tokenizer, model.trim_vocab)
 
 
 def launch_local(ranks: int, arguments: list[str], *, interactive: bool = False) -> int:

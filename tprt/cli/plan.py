@@ -12,6 +12,7 @@ from tprt.errors import ConfigError, OutOfMemoryPlan
 
 if TYPE_CHECKING:
     from tprt.config import PersimmonConfig
+    from tprt.distributed.vocabulary import Vocabulary
 
 GIB = 2**30
 
@@ -65,6 +66,21 @@ def read_config(path: str) -> "PersimmonConfig":
     return build_config(PersimmonConfig.from_hf, read_json(Path(path)), path)
 
 
+def read_vocabulary(settings: Settings, config: "PersimmonConfig") -> "Vocabulary":
+    """Which ids get rows. A bare ``config.json`` has no tokenizer, which ranges can do without."""
+    from tprt.checkpoint import open_checkpoint
+    from tprt.llm import resolve_vocabulary
+    from tprt.tokenizer import Tokenizer
+
+    model, tokenizer = settings.model, None
+    if model.trim_vocab != "off":
+        path: str | Path | None = model.tokenizer
+        if path is None and not model.path.endswith(".json"):
+            path = open_checkpoint(model.path).tokenizer_path
+        tokenizer = Tokenizer(path) if path is not None else None
+    return resolve_vocabulary(config.vocab_size, tokenizer, model.trim_vocab)
+
+
 def make_plan(
     settings: Settings, config: "PersimmonConfig", memory_gib: float | None = None
 ) -> dict[str, Any]:
@@ -78,8 +94,10 @@ def make_plan(
     tp_size = settings.parallel.tensor or 1
     kind = "cpu" if settings.model.device == "cpu" else "cuda"
     length = engine.resolve_max_model_len(config.max_position_embeddings)
-    ranks = plan_ranks(config, tp_size, getattr(torch, engine.dtype), length)
-    plan = plan_memory(config, engine, tp_size, kind)
+    vocabulary, dtype = read_vocabulary(settings, config), getattr(torch, engine.dtype)
+    ranks = plan_ranks(config, tp_size, dtype, length, vocabulary)
+    whole = plan_ranks(config, tp_size, dtype, length)[0]
+    plan = plan_memory(config, engine, tp_size, kind, vocabulary)
     fit, memory, advice = None, engine.kv_cache_memory, None
     if memory_gib is not None:
         room = int(memory_gib * GIB * engine.gpu_memory_utilization) - plan.runtime.context
@@ -87,7 +105,7 @@ def make_plan(
         fit = max(0, left // plan.block - 1) * engine.block_size  # one block is for padding
         memory = memory or left
         if plan.needed(engine) > room:
-            advice = largest_that_fits(config, engine, tp_size, kind, room)
+            advice = largest_that_fits(config, engine, tp_size, kind, room, vocabulary)
     blocks = kv_blocks([memory // plan.block], engine, length) if memory else 0
     runtime = asdict(plan.runtime)
     return {
@@ -97,6 +115,13 @@ def make_plan(
         "device": kind,
         "tp": tp_size,
         "tp_sizes": config.tp_sizes(),
+        "vocabulary": {
+            "ids": vocabulary.size,
+            "removed": vocabulary.removed,
+            "rows": vocabulary.num_kept,
+            "rows_per_rank": vocabulary.part(tp_size),
+            "saved_bytes_per_rank": whole.weights - ranks[0].weights,
+        },
         "max_model_len": length,
         "block_size": engine.block_size,
         "per_rank": [asdict(rank) | runtime for rank in ranks],
@@ -111,6 +136,8 @@ def make_plan(
 
 
 def _table(result: dict[str, Any]) -> str:
+    from tprt.distributed.vocabulary import show_ranges
+
     sizes = ", ".join(map(str, result["tp_sizes"]))
     sequence = f"KV per sequence of {result['max_model_len']}"
     lines = [
@@ -122,12 +149,19 @@ def _table(result: dict[str, Any]) -> str:
     for rank in result["per_rank"]:
         shown = [_size(rank[name]) for name in ("weights", "tables", "read", "kv_per_token")]
         lines.append("{:>4} {:>12} {:>12} {:>12} {:>14} {:>30}".format(rank["rank"], *shown, full))
-    names = ("state", "workspace", "graphs", "libraries", "context")
+    names = ("state", "workspace", "graphs", "libraries", "context", "copies")
     first = result["per_rank"][0]
     lines.append(
         f"beside these on each rank ({result['device']}): "
         + ", ".join(f"{name} {_size(first[name])}" for name in names if first[name])
     )
+    ids = result["vocabulary"]
+    if ids["removed"]:
+        lines.append(
+            f"{ids['rows']:,} of {ids['ids']:,} ids have rows ({show_ranges(ids['removed'])} are "
+            f"trimmed away), {ids['rows_per_rank']:,} per rank, which saves "
+            f"{_size(ids['saved_bytes_per_rank'])} of weights on each"
+        )
     if result["tokens_that_fit"] is not None:
         share = result["gpu_memory_utilization"]
         lines.append(

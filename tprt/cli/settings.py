@@ -16,10 +16,10 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 
 from tprt.cli.strict_yaml import Entry, Mistake, Origin, read_yaml_file, read_yaml_value
-from tprt.config import DTYPE_ALIASES, DTYPES, EngineConfig
+from tprt.config import DTYPE_ALIASES, DTYPES, EngineConfig, TrimVocab, parse_trim_vocab
 from tprt.errors import ConfigError
 from tprt.sampling_params import MAX_SEED, SamplingParams
 
@@ -101,6 +101,7 @@ class ModelSettings(_Section):
     rotary_precision: Literal["auto", "bf16", "fp32"] = "auto"
     verify: Literal["sizes", "full"] = "sizes"
     bos_policy: Literal["none", "bos"] = "none"
+    trim_vocab: Annotated[TrimVocab, PlainValidator(parse_trim_vocab)] = "off"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -123,6 +124,8 @@ class EngineSettings(_Section):
     look_ahead: Annotated[int, Field(ge=0, le=1)] = _DEFAULTS.look_ahead
     record_path: ExpandedPath | None = _DEFAULTS.record_path
     kernels: Literal["auto", "reference", "triton"] = "auto"
+    sparse_rows: Annotated[int, Field(ge=0)] | None = _DEFAULTS.sparse_rows
+    fuse_kernels: bool = _DEFAULTS.fuse_kernels
     enforce_eager: bool = _DEFAULTS.enforce_eager
     one_shot_all_reduce: bool = _DEFAULTS.one_shot_all_reduce
     step_timeout: Annotated[float, Field(gt=0, lt=1e9)] = _DEFAULTS.step_timeout

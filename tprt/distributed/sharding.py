@@ -4,7 +4,7 @@ A ``ShardSpec`` is set where the parameter is made and is the only place that kn
 saving, re-sharding, planning and tests all read it. It knows sizes, not models or files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -112,6 +112,17 @@ def padded_cut(shape: Sequence[int], dim: int, rank: int, part: int) -> ShardSpe
     canonical[dim], local[dim] = slice(start, stop), slice(0, stop - start)
     pieces = (Piece(tuple(canonical), tuple(local)),) if stop > start else ()
     return ShardSpec(full, local_shape, pieces)
+
+
+def selected_rows(shape: Sequence[int], runs: Iterable[range], rows: int) -> ShardSpec:
+    """The rows of ``runs``, one run behind the other; what is left of ``rows`` is padding."""
+    full, start, pieces = tuple(shape), 0, []
+    for run in runs:
+        stop = start + len(run)
+        local = (slice(start, stop), *whole(full[1:]))
+        pieces.append(Piece((slice(run.start, run.stop), *whole(full[1:])), local))
+        start = stop
+    return ShardSpec(full, (rows, *full[1:]), tuple(pieces))
 
 
 def divide(n: int, size: int, what: str) -> int:

@@ -7,6 +7,7 @@ Knows a tokenizer and limits: no blocks, no other rank.
 from collections.abc import Sequence
 from typing import Any
 
+from tprt.distributed.vocabulary import Vocabulary, show_ranges
 from tprt.engine.sequence import Request
 from tprt.errors import ConfigError
 from tprt.kernels.noise import arrival_seed
@@ -21,17 +22,24 @@ class InputProcessor:
     num_valid_ids: ids from here on do not exist.
     max_request_len: most tokens of prompt and completion that model and cache can hold.
     seed: the engine's; requests without a seed get theirs from it and their arrival number.
+    vocabulary: which ids have rows; None means all.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, num_valid_ids: int, max_request_len: int, seed: int
+        self,
+        tokenizer: Tokenizer,
+        num_valid_ids: int,
+        max_request_len: int,
+        seed: int,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.tokenizer, self.num_valid_ids = tokenizer, num_valid_ids
+        self.vocabulary = vocabulary or Vocabulary(num_valid_ids)
         self.max_request_len, self.seed = max_request_len, seed
 
     def request(self, prompt: Prompt, params: SamplingParams, arrival: int) -> Request:
         """A request to generate. Raises ConfigError (see ``LLM.make_request``)."""
-        ids = self.prompt_ids(prompt)
+        ids = self._with_rows(self.prompt_ids(prompt))
         if not ids:
             raise ConfigError("the prompt has no tokens", hint="a text, or bos_policy=bos")
         limit = self.max_request_len
@@ -51,20 +59,44 @@ class InputProcessor:
         return Request(ids, params, max_tokens, seed, bad_words)
 
     def _check_allowed(self, params: SamplingParams, bad_words: tuple[list[int], ...]) -> None:
-        """Raises ConfigError when other options forbid every id that is allowed."""
+        """Raises ConfigError when every id that is allowed is forbidden or was trimmed away."""
+        self._check_some_kept("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_some_kept("logit_bias", [i for i, _ in params.logit_bias])
         banned = {ids[0] for ids in bad_words if len(ids) == 1}
+        gone = self.vocabulary.removed_of(params.allowed_token_ids or ())
+        banned.update(gone)
         if params.min_tokens > 0:
             banned |= {self.tokenizer.eod_id, *params.stop_token_ids}
         if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
+            options = (
+                "min_tokens, bad_words and model.trim_vocab" if gone else "min_tokens and bad_words"
+            )
             raise ConfigError(
-                f"min_tokens and bad_words forbid every one of the {len(params.allowed_token_ids)} "
-                "allowed_token_ids",
+                f"{options} forbid every one of the {len(params.allowed_token_ids)} allowed_token_ids",
                 hint="allow another id, or drop one of these options",
             )
 
+    def _check_some_kept(self, option: str, ids: Sequence[int]) -> None:
+        if ids and len(self.vocabulary.removed_of(ids)) == len(ids):
+            raise ConfigError(
+                f"{option} names only ids that model.trim_vocab removes, {ids[0]} first: "
+                f"{show_ranges(self.vocabulary.removed)} have no rows",
+                hint="another id, or model.trim_vocab=off",
+            )
+
+    def _with_rows(self, ids: list[int]) -> list[int]:
+        """``ids``. Raises ConfigError for one that has no row in the embedding."""
+        if gone := self.vocabulary.removed_of(ids):
+            raise ConfigError(
+                f"token id {gone[0]} was trimmed away, as model.trim_vocab says: "
+                f"{show_ranges(self.vocabulary.removed)} have no rows",
+                hint="a prompt without it, or model.trim_vocab=off",
+            )
+        return ids
+
     def given(self, token_ids: Any, prompt_logprobs: int | None = None) -> Request:
         """A request that only computes its ids. Raises ConfigError when they do not fit."""
-        ids = self.check_ids(token_ids)
+        ids = self._with_rows(self.check_ids(token_ids))
         if not 1 <= len(ids) <= self.max_request_len:
             raise ConfigError(
                 f"{len(ids)} tokens were given, allowed are 1 to {self.max_request_len}",

@@ -56,21 +56,21 @@ class LogprobLists:
 
 
 def token_logprobs(
-    logits: torch.Tensor, targets: torch.Tensor, k: int, first_id: int, tp: TPGroup
+    logits: torch.Tensor, targets: torch.Tensor, k: int, ids: torch.Tensor, tp: TPGroup
 ) -> Logprobs:
     """``log_softmax`` over the whole vocabulary, at ``targets`` and at the ``k`` likeliest ids.
 
     Args:
-        logits: float32 [R, part] of this rank, ids from ``first_id`` on; padding is -inf.
+        logits: float32 [R, part] of this rank; padding is -inf.
         targets: int64 [R], the same on every rank; rows with -1 get any value.
+        ids: int64 [part], ascending, of this rank's columns; an id without one has a logit of -inf.
     """
-    part = logits.shape[1]
-    local = targets - first_id
-    here = (local >= 0) & (local < part)
-    at_target = logits.gather(1, local.clamp(0, part - 1).unsqueeze(1)).squeeze(1)
+    column = torch.searchsorted(ids, targets.contiguous()).clamp(max=len(ids) - 1)
+    here = ids[column] == targets
+    at_target = logits.gather(1, column.unsqueeze(1)).squeeze(1)
     at_target = at_target.masked_fill(~here, float("-inf"))
     best, order = logits.sort(dim=1, descending=True, stable=True)
-    best, order = best[:, :k], order[:, :k] + first_id
+    best, order = best[:, :k], ids[order[:, :k]]
     head = torch.stack([logits.logsumexp(dim=1), at_target], dim=1)
     # float64 holds a float32 and an id exactly, so one gather carries both.
     sent = torch.cat([head.double(), best.double(), order.double()], dim=1)

@@ -1,6 +1,7 @@
 """What a model takes on each rank, computed from shapes alone: no file is read, no GPU is needed.
 
-Legend: T tokens of the largest step, R rows of the largest step, V vocabulary with its padding, S slots.
+Legend: T tokens of the largest step, R rows of the largest step, V ids that have rows and the padding of
+their cut, S slots.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from math import prod
 import torch
 
 from tprt.config import EngineConfig, PersimmonConfig
-from tprt.distributed.sharding import padded_part, shard_spec
+from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.logprobs import MAX_LOGITS
 from tprt.engine.sampler import FULL_ROWS
 from tprt.engine.step_record import MAX_BANS, MAX_BUCKET, bucket_of
@@ -32,7 +34,7 @@ class RankPlan:
 
     Args:
         weights: parameters as held in memory, vocabulary padding included.
-        tables: rotary tables, float32.
+        tables: rotary tables, float32, and ids of the vocabulary's rows, int64.
         read: what the rank needs from the checkpoint, in the dtype of the plan.
         kv_per_token: keys and values of one token over all layers.
     """
@@ -53,6 +55,7 @@ class RuntimePlan:
         state: what slots keep between steps, and the static buffers of decode steps.
         workspace: tensors of the largest step that runs without a graph, logits included.
         graphs: memory pool of all graphs; 0 where there are none.
+        copies: second layouts of weights that few rows read one way and many another; CPU only.
         libraries: kernels' modules and what cuBLAS works in; 0 on a CPU.
         context: what the driver and NCCL take before all else; 0 on a CPU.
     """
@@ -62,20 +65,25 @@ class RuntimePlan:
     graphs: int
     libraries: int
     context: int
+    copies: int = 0
 
     @property
     def added(self) -> int:
         """All but the context, which is there before anything can be measured."""
-        return self.state + self.workspace + self.graphs + self.libraries
+        return self.state + self.workspace + self.graphs + self.libraries + self.copies
 
 
 def plan_runtime(
-    config: PersimmonConfig, tp_size: int, engine: EngineConfig, device_type: str = "cuda"
+    config: PersimmonConfig,
+    tp_size: int,
+    engine: EngineConfig,
+    device_type: str = "cuda",
+    vocabulary: Vocabulary | None = None,
 ) -> RuntimePlan:
     """What steps of ``engine`` take on each of ``tp_size`` ranks; the same on all of them."""
     itemsize = getattr(torch, engine.dtype).itemsize
     length = engine.resolve_max_model_len(config.max_position_embeddings)
-    part = padded_part(config.vocab_size, tp_size)
+    part = (vocabulary or Vocabulary(config.vocab_size)).part(tp_size)
     vocab, slots = part * tp_size, engine.max_num_seqs + 1
     graphs = device_type == "cuda" and not engine.enforce_eager
     bucket = bucket_of(min(engine.max_num_seqs, MAX_BUCKET))
@@ -98,9 +106,16 @@ def plan_runtime(
         pool = _activations(config, tp_size, bucket, 0) * itemsize + partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
-        return RuntimePlan(state, workspace, pool, 0, 0)
+        return RuntimePlan(state, workspace, pool, 0, 0, _copies(config, tp_size, engine))
     context = CONTEXT + (COMMUNICATOR if tp_size > 1 else 0)
     return RuntimePlan(state, workspace, pool, MODULES, context)
+
+
+def _copies(config: PersimmonConfig, tp_size: int, engine: EngineConfig) -> int:
+    """Down projections, once by neuron and once packed for products of many rows."""
+    if engine.kernels != "auto" or engine.sparse_rows == 0 or engine.dtype != "bfloat16":
+        return 0
+    return 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size // tp_size
 
 
 def _activations(config: PersimmonConfig, tp_size: int, tokens: int, length: int) -> int:
@@ -130,10 +145,17 @@ def _sampling(rows: int, part: int, tp_size: int) -> int:
 
 
 def plan_ranks(
-    config: PersimmonConfig, tp_size: int, dtype: torch.dtype, max_model_len: int | None = None
+    config: PersimmonConfig,
+    tp_size: int,
+    dtype: torch.dtype,
+    max_model_len: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> list[RankPlan]:
     """One ``RankPlan`` per rank. Raises ConfigError when ``tp_size`` does not divide the model."""
-    return [plan_rank(config, rank, tp_size, dtype, max_model_len) for rank in range(tp_size)]
+    return [
+        plan_rank(config, rank, tp_size, dtype, max_model_len, vocabulary)
+        for rank in range(tp_size)
+    ]
 
 
 def whole_parameters(config: PersimmonConfig) -> int:
@@ -145,11 +167,16 @@ def whole_parameters(config: PersimmonConfig) -> int:
 
 @lru_cache(maxsize=64)
 def plan_rank(
-    config: PersimmonConfig, rank: int, size: int, dtype: torch.dtype, max_len: int | None
+    config: PersimmonConfig,
+    rank: int,
+    size: int,
+    dtype: torch.dtype,
+    max_len: int | None,
+    vocabulary: Vocabulary | None = None,
 ) -> RankPlan:
     """Rank ``rank`` of ``size``; ``max_len`` positions in the rotary table, None for the model's own."""
     tp = TPGroup(rank, size, torch.device("meta"))
-    model = get_model_class(config.model_type)(config, tp, dtype, "fp32", max_len)
+    model = get_model_class(config.model_type)(config, tp, dtype, "fp32", max_len, vocabulary)
     parameters = sum(p.numel() for p in model.parameters())
     # One rotary table serves every layer; buffers() yields it once.
     tables = sum(b.numel() * b.element_size() for b in model.buffers())

@@ -16,7 +16,6 @@ import torch
 from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import allocate_kv_cache
 from tprt.distributed.communication import all_gather
-from tprt.distributed.sharding import padded_part
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.digest import FIELDS, digest
 from tprt.engine.graph_runner import DecodeBuffers, GraphRunner
@@ -97,14 +96,14 @@ class ModelRunner:
         kernels = kernels_for(device)
         self.attention = kernels.attention(block_size, spec.num_heads, spec.head_dim, dtype)
         self.vocab_size = model.config.vocab_size
-        part = padded_part(self.vocab_size, tp.size)
-        self.sampler = Sampler(tp, part, num_valid)
+        self.sampler = Sampler(tp, model.vocabulary, num_valid)
         self.max_model_len, longest = max_model_len, -(-max_model_len // block_size)
         self.num_digests = tp.size * len(FIELDS) if tp.size > 1 else 0
         with self._on_device():
             self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, device)
             # One slot more than sequences: padding rows write there.
-            self.state = SlotState(max_num_seqs + 1, longest, part * tp.size, device)
+            columns = self.sampler.part * tp.size
+            self.state = SlotState(max_num_seqs + 1, longest, columns, model.vocabulary, device)
             self.no_digest = torch.empty(0, dtype=torch.int64, device=device)
             most = min(max_num_seqs, MAX_BUCKET)
             self.buffers = DecodeBuffers(bucket_of(most), self.num_digests, max_num_seqs, device)
@@ -226,7 +225,7 @@ class ModelRunner:
         if record.logprobs >= 0:
             assert self.buffers.logits is not None
             logits, tokens = self.buffers.logits[:count], self.buffers.tokens[:count]
-            logprobs = token_logprobs(logits, tokens, record.logprobs, self.sampler.first, self.tp)
+            logprobs = token_logprobs(logits, tokens, record.logprobs, self.sampler.ids, self.tp)
         return self._result(record.step, count, self.buffers.results, logprobs)
 
     def _decode(self, bucket: int, full: bool) -> None:
@@ -384,7 +383,7 @@ class ModelRunner:
         logprobs = None
         if record.logprobs >= 0:
             assert logits is not None
-            logprobs = token_logprobs(logits, tokens, record.logprobs, sampler.first, self.tp)
+            logprobs = token_logprobs(logits, tokens, record.logprobs, sampler.ids, self.tp)
         return torch.cat([tokens, digests.flatten()]), logprobs
 
     def _score(
@@ -413,7 +412,7 @@ class ModelRunner:
         for chunk in torch.split(hidden, self._score_rows):
             local = self.model.compute_logits(chunk)
             whole = all_gather(local, self.tp).transpose(0, 1).flatten(1)
-            parts.append(whole[:, : self.vocab_size].cpu())
+            parts.append(self.sampler.by_id(whole).cpu())
         return torch.cat(parts)
 
     @property
@@ -425,5 +424,5 @@ class ModelRunner:
         chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
         for chunk, wanted in chunks:
             logits = self.sampler.mask_padding(self.model.compute_logits(chunk))
-            parts.append(token_logprobs(logits, wanted, k, self.sampler.first, self.tp))
+            parts.append(token_logprobs(logits, wanted, k, self.sampler.ids, self.tp))
         return Logprobs.cat(parts)

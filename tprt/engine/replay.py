@@ -131,6 +131,13 @@ def _check_step(engine: LLMEngine, record: StepRecord, num_valid: int) -> None:
     limits.append(("slot", np.array([o.slot for o in options]), 0, slots))
     listed = [i for o in options for i in (*o.history, *o.allowed, *(i for i, _ in o.bias))]
     limits.append(("token id", np.array(listed), 0, num_valid))
+    if gone := engine.runner.model.vocabulary.removed_of(
+        [*record.tokens.tolist(), *record.targets.tolist()]
+    ):
+        raise ConfigError(
+            f"step {record.step} names token id {gone[0]}, which model.trim_vocab has removed here",
+            hint="the ranges that the recorded run had, or model.trim_vocab=off",
+        )
     for name, values, low, high in limits:
         if values.size and not (low <= values.min() and values.max() < high):
             wrong = int(values.min()) if values.min() < low else int(values.max())

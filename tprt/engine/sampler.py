@@ -3,7 +3,8 @@
 ``plain`` (every row greedy or pure temperature): each rank takes its best (score, id), the pairs are
 gathered and the best is taken; ``full`` (any other option in the step): whole rows are gathered first.
 Both add the same noise, so a row draws the same token in either. All ranks decide from the same
-gathered bits and so agree by construction. Digests travel in the same gather.
+gathered bits and so agree by construction. Digests travel in the same gather. Logits have the columns of
+a ``Vocabulary``: ids without rows in memory have none, which is as good as a logit of -inf.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from tprt.distributed.communication import all_gather
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.slot_state import NEG_INF, SlotState
 from tprt.kernels import Noise, kernels_for
 from tprt.kernels.noise import NON_FINITE
@@ -40,19 +42,38 @@ class DrawRows:
 
 class Sampler:
     """Args:
-    part: entries of the vocabulary per rank, padding included.
     num_valid: ids from here on are padding rows and are never drawn.
+
+    Attributes:
+        part: columns of each rank, padding included.
+        ids: int64 [part], of this rank's columns.
     """
 
-    def __init__(self, tp: TPGroup, part: int, num_valid: int) -> None:
-        self.tp, self.part, self.num_valid = tp, part, num_valid
-        self.first = tp.rank * part
+    def __init__(self, tp: TPGroup, vocabulary: Vocabulary, num_valid: int) -> None:
+        self.tp, self.vocabulary, self.num_valid = tp, vocabulary, num_valid
+        self.part = vocabulary.part(tp.size)
+        self.ids = vocabulary.column_ids(tp.rank, tp.size, tp.device)
+        self._all_ids = torch.cat(
+            [vocabulary.column_ids(rank, tp.size, tp.device) for rank in range(tp.size)]
+        )
+        self._valid = vocabulary.valid_columns(num_valid, tp.rank, tp.size)
+        self._all_valid = vocabulary.valid_columns(num_valid)
+        self._columns = vocabulary.column_table(tp.device)
         self.kernels = kernels_for(tp.device)
 
     def mask_padding(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 [R, part] of this rank with -inf for ids that do not exist, in place."""
-        logits[:, max(0, self.num_valid - self.first) :] = NEG_INF
+        logits[:, self._valid :] = NEG_INF
         return logits
+
+    def by_id(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 [R, columns of all ranks] -> [R, vocab_size]; -inf for ids without a column."""
+        kept = self.vocabulary.num_kept
+        if self._columns is None:
+            return logits[:, :kept]
+        whole = logits.new_full((len(logits), self.vocabulary.size), NEG_INF)
+        whole[:, self._all_ids[:kept]] = logits[:, :kept]
+        return whole
 
     def noise(self, rows: DrawRows, state: SlotState) -> Noise:
         """How ``rows`` draw, from what their slots hold."""
@@ -69,8 +90,7 @@ class Sampler:
         self, logits: torch.Tensor, rows: DrawRows, state: SlotState
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What ``plain`` takes, from this rank's logits; int64 and float32 [R]."""
-        valid = min(max(0, self.num_valid - self.first), self.part)
-        return self.kernels.argmax(logits, self.noise(rows, state), self.first, valid)
+        return self.kernels.argmax(logits, self.noise(rows, state), self.ids, self._valid)
 
     def plain(
         self, best: torch.Tensor, ids: torch.Tensor, digest: torch.Tensor
@@ -104,13 +124,20 @@ class Sampler:
         rest = gathered[:, len(bits) :].reshape(self.tp.size, -1, self.part)
         whole = rest.transpose(0, 1).flatten(1)  # [R, part * size]
         finite = whole.max(dim=1).values.isfinite()
-        whole = ban(whole, rows.bans)
+        whole = ban(whole, self._bans(rows.bans))
         noise = self.noise(rows, state)
         # In parts: sorting and sampling take several times the memory of their logits.
         starts = range(0, len(whole), FULL_ROWS)
         drawn = [self._draw_whole(whole, rows, state, noise, i, i + FULL_ROWS) for i in starts]
         best, ids = torch.cat([d[0] for d in drawn]), torch.cat([d[1] for d in drawn])
         return ids.masked_fill(~(finite & best.isfinite()), NON_FINITE), digests
+
+    def _bans(self, bans: torch.Tensor) -> torch.Tensor:
+        """Pairs of row and id as pairs of row and column; nothing is banned where there is none."""
+        if self._columns is None:
+            return bans
+        row, column = bans[:, 0], self._columns[bans[:, 1]]
+        return torch.stack([row.masked_fill(column < 0, -1), column.clamp(min=0)], dim=1)
 
     def _draw_whole(
         self,
@@ -121,7 +148,7 @@ class Sampler:
         start: int,
         stop: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score and id of the rows from ``start`` on, of float32 [R, V]."""
+        """Score and id of the rows from ``start`` on, of float32 [R, part * size]."""
         slots = rows.slots[start:stop]
         logits = state.adjust(logits[start:stop], slots)
         logits = logits / noise.temperature[start:stop].unsqueeze(1)
@@ -133,15 +160,15 @@ class Sampler:
             positions=noise.positions[start:stop],
             all_greedy=noise.all_greedy,
         )
-        return self.kernels.argmax(logits, part, 0, self.num_valid)
+        return self.kernels.argmax(logits, part, self._all_ids, self._all_valid)
 
 
 def ban(logits: torch.Tensor, bans: torch.Tensor) -> torch.Tensor:
-    """float32 [R, V] with -inf at int64 [N, 2] pairs of row and id; a row of -1 bans nothing."""
+    """float32 [R, V] with -inf at int64 [N, 2] pairs of row and column; a row of -1 bans nothing."""
     if len(bans) == 0:
         return logits
-    row, token = bans.unbind(1)
-    index = row.clamp(min=0) * logits.shape[1] + token
+    row, column = bans.unbind(1)
+    index = row.clamp(min=0) * logits.shape[1] + column
     limit = torch.where(row < 0, -NEG_INF, NEG_INF)
     return logits.flatten().scatter_reduce(0, index, limit, "amin").view_as(logits)
 

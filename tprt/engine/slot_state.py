@@ -3,12 +3,15 @@
 A slot is a row of these tensors; a sequence has one while it runs. Changed only by what step records
 say, so it is the same on every rank. Knows tensors and options: no sequences, no text.
 
-Legend: S slots, N blocks of the longest sequence, V vocabulary with its padding.
+Legend: S slots, N blocks of the longest sequence, V columns of the logits of all ranks.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.step_record import SlotOptions
 from tprt.engine.transfer import upload
 
@@ -17,13 +20,20 @@ NEG_INF = float("-inf")
 
 class SlotState:
     """Args:
-    num_slots: S. num_blocks: N. vocab_size: V.
+    num_slots: S. num_blocks: N. num_columns: V.
+    vocabulary: says which columns ids have.
     """
 
     def __init__(
-        self, num_slots: int, num_blocks: int, vocab_size: int, device: torch.device
+        self,
+        num_slots: int,
+        num_blocks: int,
+        num_columns: int,
+        vocabulary: Vocabulary,
+        device: torch.device,
     ) -> None:
-        self.device, self.vocab_size = device, vocab_size
+        self.device, self.num_columns, self.vocabulary = device, num_columns, vocabulary
+        self._columns = vocabulary.column_table(device)
 
         def filled(value: float, dtype: torch.dtype) -> torch.Tensor:
             return torch.full((num_slots,), value, dtype=dtype, device=device)
@@ -40,7 +50,7 @@ class SlotState:
         self.presence = filled(0, torch.float32)
         self.frequency = filled(0, torch.float32)
         # [S, V], made when the first slot needs them: int32 counts of drawn ids, bool ids of prompt
-        # and completion, float32 added to the logits (-inf forbids).
+        # and completion, float32 added to the logits (-inf forbids); each id in its column.
         self.counts: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
@@ -55,14 +65,14 @@ class SlotState:
 
     def _make_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self.counts is None or self.seen is None:
-            shape = (len(self.keys), self.vocab_size)
+            shape = (len(self.keys), self.num_columns)
             self.counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
         return self.counts, self.seen
 
     def _make_bias(self) -> torch.Tensor:
         if self.bias is None:
-            self.bias = torch.zeros(len(self.keys), self.vocab_size, device=self.device)
+            self.bias = torch.zeros(len(self.keys), self.num_columns, device=self.device)
         return self.bias
 
     def begin(self, options: SlotOptions) -> None:
@@ -91,8 +101,8 @@ class SlotState:
         if values == (1.0, 0.0, 0.0):
             return  # they change nothing, whatever the tables hold
         counts, seen = self._make_counts()
-        history = upload(np.array(options.history, dtype=np.int64), self.device)
-        drawn = history[options.num_prompt_tokens :]
+        history = self._upload(options.history)
+        drawn = self._upload(options.history[options.num_prompt_tokens :])
         counts[slot].fill_(0)
         counts[slot].index_add_(0, drawn, torch.ones_like(drawn, dtype=torch.int32))
         seen[slot].fill_(False)
@@ -109,9 +119,18 @@ class SlotState:
         row = self._make_bias()[slot]
         if options.allowed:
             row.fill_(NEG_INF)
-            row.index_fill_(0, upload(np.array(options.allowed), self.device), 0.0)
+            row.index_fill_(0, self._upload(options.allowed), 0.0)
         for token, value in options.bias:
-            row[token] += value
+            if (column := int(self.vocabulary.columns[token])) >= 0:
+                row[column] += value
+
+    def _upload(self, ids: Sequence[int]) -> torch.Tensor:
+        """The columns of ``ids`` that have one, int64 on the device."""
+        columns = np.array(ids, dtype=np.int64)
+        if self._columns is not None:
+            columns = self.vocabulary.columns[columns]
+            columns = columns[columns >= 0]
+        return upload(columns, self.device)
 
     def take(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """Remember the ids drawn for ``slots``, int64 [R] each.
@@ -121,6 +140,8 @@ class SlotState:
         self.last_tokens[slots] = tokens
         if self.counts is not None and self.seen is not None:
             tokens = tokens.clamp(min=0)  # NON_FINITE ends its sequence anyway
+            if self._columns is not None:
+                tokens = self._columns[tokens].clamp(min=0)
             self.counts[slots, tokens] += 1
             self.seen.index_put_((slots, tokens), self._true)
 

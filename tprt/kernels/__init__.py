@@ -13,16 +13,27 @@ import torch
 
 from tprt.errors import ConfigError
 from tprt.kernels.cpu import CPUKernels
-from tprt.kernels.interface import AttentionPlan, AttentionPlanner, HeadNorms, Kernels, Noise, Norm
+from tprt.kernels.interface import (
+    Activations,
+    AttentionPlan,
+    AttentionPlanner,
+    HeadNorms,
+    Kernels,
+    Noise,
+    Norm,
+    SparseWeight,
+)
 from tprt.kernels.reference import ReferenceKernels
 
 __all__ = [
+    "Activations",
     "AttentionPlan",
     "AttentionPlanner",
     "HeadNorms",
     "Kernels",
     "Noise",
     "Norm",
+    "SparseWeight",
     "kernels_for",
     "use_kernels",
 ]
@@ -31,6 +42,8 @@ __all__ = [
 @dataclass(frozen=True)
 class _Choice:
     name: str
+    sparse_rows: int | None = None
+    fused: bool = True
     made: dict[str, Kernels] = field(default_factory=dict)  # by device; layers share one
 
 
@@ -38,9 +51,14 @@ _choice: ContextVar[_Choice | None] = ContextVar("kernels", default=None)
 
 
 @contextmanager
-def use_kernels(name: str) -> Iterator[None]:
-    """Layers made inside share one body: "auto", "reference" or "triton"."""
-    token = _choice.set(_Choice(name))
+def use_kernels(name: str, sparse_rows: int | None = None, fused: bool = True) -> Iterator[None]:
+    """Layers made inside share one body.
+
+    Args:
+        name: "auto", "reference" or "triton".
+        sparse_rows: as in ``Kernels``. fused: as in ``TritonKernels``.
+    """
+    token = _choice.set(_Choice(name, sparse_rows, fused))
     try:
         yield
     finally:
@@ -55,19 +73,19 @@ def kernels_for(device: torch.device) -> Kernels:
     """
     choice = _choice.get() or _Choice("auto")
     if str(device) not in choice.made:
-        choice.made[str(device)] = _make(choice.name, device)
+        choice.made[str(device)] = _make(choice, device)
     return choice.made[str(device)]
 
 
-def _make(name: str, device: torch.device) -> Kernels:
-    if name == "reference" or device.type == "meta":
+def _make(choice: _Choice, device: torch.device) -> Kernels:
+    if choice.name == "reference" or device.type == "meta":
         return ReferenceKernels()
-    if name == "auto" and device.type == "cpu":
-        return CPUKernels()
-    return _triton(device)
+    if choice.name == "auto" and device.type == "cpu":
+        return CPUKernels(choice.sparse_rows)
+    return _triton(choice, device)
 
 
-def _triton(device: torch.device) -> Kernels:
+def _triton(choice: _Choice, device: torch.device) -> Kernels:
     try:
         from tprt.kernels.triton_ops import TritonKernels
     except ImportError as error:
@@ -75,4 +93,4 @@ def _triton(device: torch.device) -> Kernels:
             f"Triton cannot be imported: {error}",
             hint="pip install triton, or engine.kernels=reference",
         ) from error
-    return TritonKernels(device)
+    return TritonKernels(device, choice.sparse_rows, choice.fused)

@@ -20,6 +20,28 @@ class Norm(NamedTuple):
     eps: float
 
 
+class PendingNorm(NamedTuple):
+    """The LayerNorm of x [T, width], left to the product that reads it."""
+
+    x: torch.Tensor
+    norm: Norm
+
+
+Activations = torch.Tensor | PendingNorm
+
+
+class SparseWeight(NamedTuple):
+    """The matrix of a product whose inputs are mostly exactly 0.
+
+    Args:
+        rows: [in_features, out_features], so that what a zero would meet is one row in memory.
+        dense: the same matrix as ``linear`` reads it fastest, where that is worth its memory.
+    """
+
+    rows: torch.Tensor
+    dense: torch.Tensor | None
+
+
 class HeadNorms(NamedTuple):
     """LayerNorms of each head's query (0) and key (1): float32 [H, 2, D]."""
 
@@ -50,7 +72,9 @@ class Noise:
 class AttentionPlan(Protocol):
     """How the tokens of one pass attend; the same for every layer."""
 
-    def __call__(self, q_THD: torch.Tensor, kv_cache: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(
+        self, q_THD: torch.Tensor, kv_cache: torch.Tensor, scale: float, /
+    ) -> torch.Tensor:
         """Causal attention over a cache [blocks, 2, block_size, H, D]; queries and result [T, H, D].
 
         The keys and values of these tokens are in the cache already. What lies in a block past the end
@@ -86,6 +110,9 @@ class AttentionPlanner(Protocol):
 class Kernels(Protocol):
     """One body of every operation. Made by ``kernels.kernels_for``."""
 
+    # Most rows for which ``sparse_linear`` skips what is 0; None as measured for this body, 0 for never.
+    sparse_rows: int | None
+
     @property
     def name(self) -> str: ...
 
@@ -106,8 +133,12 @@ class Kernels(Protocol):
         """
         ...
 
+    def normed(self, x: Activations) -> torch.Tensor:
+        """What a ``PendingNorm`` stands for, for who needs it in memory; others as they are."""
+        ...
+
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x W^T + b, [T, in_features] -> [T, out_features]; sums in float32, rounded once.
 
@@ -116,7 +147,7 @@ class Kernels(Protocol):
         ...
 
     def linear_squared_relu(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         """relu(x W^T + b)^2. In float16 the square is capped at 65504: 256^2 is past its range."""
         ...
@@ -128,8 +159,32 @@ class Kernels(Protocol):
         bias: torch.Tensor,
         residual: torch.Tensor,
         norm: Norm,
-    ) -> Tensors:
+    ) -> tuple[torch.Tensor, Activations]:
         """``add_layer_norm`` of ``linear``: what ends a row-parallel layer on a single rank."""
+        ...
+
+    def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
+        """[in_features, out_features], kept as it is, and a copy for dense products where one helps."""
+        ...
+
+    def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        """x W, [T, in_features] -> [T, out_features]; few rows x read no row of W that meets zeros alone.
+
+        An element that is 0 contributes nothing, whatever W holds there, and every other one, NaN too,
+        does what it does in a dense product. How many rows of x are few is ``sparse_rows``, so which
+        body runs follows from sizes, never from values.
+        """
+        ...
+
+    def sparse_linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: SparseWeight,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> tuple[torch.Tensor, Activations]:
+        """``add_layer_norm`` of ``sparse_linear``."""
         ...
 
     def qk_norm_rotary_store(
@@ -155,21 +210,49 @@ class Kernels(Protocol):
         """
         ...
 
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        """``qk_norm_rotary_store``, then ``plan`` of its queries: [T, H, D]; one kernel or several.
+
+        Args:
+            qkv ... slot_mapping: as in ``qk_norm_rotary_store``.
+            plan: of this body's planner, for these tokens. Where rows share slots, as padding does,
+                nobody may read their results.
+        """
+        ...
+
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x W^T in float32, [R, width] -> [R, rows of ``weight``]."""
         ...
 
     def linear_argmax(
-        self, x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        noise: Noise,
+        ids: torch.Tensor,
+        num_valid: int,
     ) -> Tensors:
         """``argmax`` of ``logits``; a body need not write them anywhere."""
         ...
 
-    def argmax(self, logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
+    def argmax(
+        self, logits: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int
+    ) -> Tensors:
         """The best of each row of float32 [R, V]; of equal scores the lowest id.
 
         Args:
-            first_id: the id of column 0. num_valid: columns from here on stand for no id.
+            ids: int64 [V], ascending: the id of each column.
+            num_valid: columns from here on stand for no id.
 
         Returns:
             float32 [R], its score, which is NaN or infinite where a valid logit is NaN or +inf or all

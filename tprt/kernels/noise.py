@@ -38,9 +38,8 @@ def arrival_seed(engine_seed: int, arrival: int) -> int:
     return _splitmix(_splitmix(engine_seed & _MASK) + arrival) >> 1
 
 
-def token_table(first_id: int, count: int, device: torch.device) -> torch.Tensor:
-    """int64 [count]: the ids of this rank's vocabulary, spread over 64 bits once for all steps."""
-    ids = torch.arange(first_id, first_id + count, dtype=torch.int64, device=device)
+def token_table(ids: torch.Tensor) -> torch.Tensor:
+    """int64 [V]: the ids of the columns, int64 [V], spread over 64 bits."""
     return (ids + 1) * signed(GOLDEN)
 
 

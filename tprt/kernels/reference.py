@@ -10,7 +10,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tprt.kernels.interface import AttentionPlanner, HeadNorms, Noise, Norm, Tensors
+from tprt.kernels.interface import (
+    Activations,
+    AttentionPlan,
+    AttentionPlanner,
+    HeadNorms,
+    Noise,
+    Norm,
+    PendingNorm,
+    SparseWeight,
+    Tensors,
+)
 from tprt.kernels.noise import gumbel, token_table
 
 FP16_MAX = 65504.0
@@ -21,9 +31,7 @@ class ReferenceKernels:
     """See ``interface.Kernels``."""
 
     name = "reference"
-
-    def __init__(self) -> None:
-        self._tables: dict[tuple[int, int, torch.device], torch.Tensor] = {}
+    sparse_rows: int | None = 0
 
     def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -37,13 +45,16 @@ class ReferenceKernels:
         total = residual + (x + bias).to(residual.dtype)
         return total, self.layer_norm(total, norm)
 
+    def normed(self, x: Activations) -> torch.Tensor:
+        return self.layer_norm(*x) if isinstance(x, PendingNorm) else x
+
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return F.linear(x, weight, bias)
+        return F.linear(self.normed(x), weight, bias)
 
     def linear_squared_relu(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         return squared_relu(self.linear(x, weight, bias))
 
@@ -58,6 +69,22 @@ class ReferenceKernels:
         total = residual + self.linear(x, weight, bias)
         return total, self.layer_norm(total, norm)
 
+    def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
+        return SparseWeight(rows, None)
+
+    def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        return x @ weight.rows
+
+    def sparse_linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: SparseWeight,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> Tensors:
+        return self.add_layer_norm(self.sparse_linear(x, weight), bias, residual, norm)
+
     def qk_norm_rotary_store(
         self,
         qkv: torch.Tensor,
@@ -71,37 +98,51 @@ class ReferenceKernels:
         store_kv(qk[:, :, 1], qkv[:, :, 2], kv_cache, slot_mapping)
         return qk[:, :, 0]
 
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
+        return plan(q, kv_cache, scale)
+
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return self.linear(x, weight).float()
 
     def linear_argmax(
-        self, x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        noise: Noise,
+        ids: torch.Tensor,
+        num_valid: int,
     ) -> Tensors:
-        return self.argmax(self.logits(x, weight), noise, first_id, num_valid)
+        return self.argmax(self.logits(x, weight), noise, ids, num_valid)
 
-    def argmax(self, logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
+    def argmax(
+        self, logits: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int
+    ) -> Tensors:
         scores = logits
         if not noise.all_greedy:
-            table = self._table(first_id, logits.shape[1], logits.device)
-            drawn = gumbel(noise.keys, noise.positions, table)
+            drawn = gumbel(noise.keys, noise.positions, token_table(ids))
             drawn = drawn.masked_fill(noise.greedy.unsqueeze(1), 0.0)
             scores = logits / noise.temperature.unsqueeze(1) + drawn
         if num_valid < logits.shape[1]:
             outside = torch.arange(logits.shape[1], device=logits.device) >= num_valid
             scores = scores.masked_fill(outside, NEG_INF)
         best, index = scores.max(dim=1)
-        return best, index + first_id
+        return best, ids[index]
 
     def attention(
         self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
     ) -> AttentionPlanner:
         return ReferenceAttention()
-
-    def _table(self, first_id: int, count: int, device: torch.device) -> torch.Tensor:
-        key = first_id, count, device
-        if key not in self._tables:
-            self._tables[key] = token_table(first_id, count, device)
-        return self._tables[key]
 
 
 def qk_norm_rotary(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tprt.kernels.interface import HeadNorms, Kernels, Noise, Norm
+from tprt.kernels.interface import HeadNorms, Kernels, Noise, Norm, PendingNorm
 
 # Triton compiles one kernel for 1, for multiples of 16 and for other numbers; tiles depend on rows too.
 ROWS = (1, 2, 4, 8, 16, 24, 32)
@@ -56,7 +56,10 @@ class _WarmUp:
         largest = max(3 * heads, ffn, VOCAB_ROWS) * hidden
         self.memory = torch.zeros(max(largest, ffn * hidden), dtype=sizes.dtype, device=device)
         self.qkv, self.up = self.matrix(3 * heads, hidden), self.matrix(ffn, hidden)
-        self.down, self.out = self.matrix(hidden, ffn), self.matrix(hidden, heads)
+        self.down, self.out = (
+            kernels.pack_sparse(self.matrix(ffn, hidden)),
+            self.matrix(hidden, heads),
+        )
         self.norm = Norm(self.zeros(hidden), self.zeros(hidden), 1e-5)
         blocks = -(-max(CHUNKS) // sizes.block_size)
         shape = (blocks, 2, sizes.block_size, sizes.num_heads, sizes.head_dim)
@@ -75,8 +78,9 @@ class _WarmUp:
         """The operations of a layer for one token of each sequence, with and without other ranks."""
         s, kernels, norm = self.sizes, self.kernels, self.norm
         x = self.zeros(tokens, s.hidden_size)
-        h = kernels.layer_norm(x, norm)
-        qkv = kernels.linear(h, self.qkv, self.zeros(len(self.qkv)))
+        for h in (kernels.layer_norm(x, norm), PendingNorm(x, norm)):
+            qkv = kernels.linear(h, self.qkv, self.zeros(len(self.qkv)))
+            neurons = kernels.linear_squared_relu(h, self.up, self.zeros(len(self.up)))
         angles = torch.zeros(tokens, 1, 1, s.rotary_dim, device=self.device)
         slots = torch.zeros(2, tokens, dtype=torch.int64, device=self.device)
         norms = None
@@ -84,17 +88,18 @@ class _WarmUp:
             weight = torch.zeros(s.num_heads, 2, s.head_dim, device=self.device)
             norms = HeadNorms(weight, weight, 1e-5)
         shaped = qkv.view(tokens, s.num_heads, 3, s.head_dim)
-        q = kernels.qk_norm_rotary_store(shaped, norms, angles, angles, self.cache, slots)
+        kernels.qk_norm_rotary_store(shaped, norms, angles, angles, self.cache, slots)
         tables = torch.zeros(tokens, len(self.cache), dtype=torch.int64, device=self.device)
         ones = torch.ones(tokens, dtype=torch.int64, device=self.device)
-        context = self.planner.plan_decode(tables, ones)(q, self.cache, 1.0).flatten(1)
-        for weight, activation in (
-            (self.out, context),
-            (self.down, kernels.linear_squared_relu(h, self.up, self.zeros(len(self.up)))),
-        ):
-            bias = norm.bias
-            kernels.linear_add_layer_norm(activation, weight, bias, x, norm)
-            kernels.add_layer_norm(kernels.linear(activation, weight), bias, x, norm)
+        plan = self.planner.plan_decode(tables, ones)
+        context = kernels.attend(
+            shaped, norms, angles, angles, self.cache, slots, plan, 1.0
+        ).flatten(1)
+        rest = norm.bias, x, norm
+        kernels.linear_add_layer_norm(context, self.out, *rest)
+        kernels.add_layer_norm(kernels.linear(context, self.out), *rest)
+        kernels.normed(kernels.sparse_linear_add_layer_norm(neurons, self.down, *rest)[1])
+        kernels.add_layer_norm(kernels.sparse_linear(neurons, self.down), *rest)
 
     def attend(self, query_lens: list[int]) -> None:
         """Chunks of prompts, at the beginning of their sequences and behind one token."""
@@ -121,5 +126,6 @@ class _WarmUp:
         numbers = torch.zeros(rows, dtype=torch.int64, device=self.device)
         temperature = torch.ones(rows, device=self.device)
         noise = Noise(temperature, numbers.bool(), numbers, numbers)
-        self.kernels.linear_argmax(hidden, weight, noise, 0, VOCAB_ROWS)
-        self.kernels.argmax(self.kernels.logits(hidden, weight), noise, 0, VOCAB_ROWS)
+        ids = torch.arange(VOCAB_ROWS, device=self.device)
+        self.kernels.linear_argmax(hidden, weight, noise, ids, VOCAB_ROWS)
+        self.kernels.argmax(self.kernels.logits(hidden, weight), noise, ids, VOCAB_ROWS)

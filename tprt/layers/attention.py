@@ -56,6 +56,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """[T, local heads, 3, head_dim] -> [T, local heads * head_dim]; keys and values are cached."""
         norms = self.stacked or self._stack()
-        slots = batch.slot_mapping
-        q = self.kernels.qk_norm_rotary_store(qkv, norms, *angles, cache.kv, slots)
-        return batch.attention(q, cache.kv, self.scale).flatten(1)
+        context = self.kernels.attend(
+            qkv, norms, *angles, cache.kv, batch.slot_mapping, batch.attention, self.scale
+        )
+        return context.flatten(1)

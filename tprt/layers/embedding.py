@@ -5,34 +5,43 @@ import torch.nn.functional as F
 from torch import nn
 
 from tprt.distributed.communication import all_reduce
-from tprt.distributed.sharding import padded_cut, padded_part
+from tprt.distributed.sharding import selected_rows
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.kernels import Noise as Noise
 from tprt.layers.linear import ParallelLinear, sharded_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rank r holds the rows of ids r * part to (r + 1) * part; weight on disk is [vocab, hidden]."""
+    """Each rank holds the rows of its columns of ``vocabulary``; weight on disk is [size, hidden].
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TPGroup, dtype: torch.dtype) -> None:
+    Where ids may lie elsewhere, one row of zeros follows, and a table says which row an id has.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, hidden_size: int, tp: TPGroup, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.tp = tp
-        self.part = padded_part(vocab_size, tp.size)
-        spec = padded_cut((vocab_size, hidden_size), 0, tp.rank, self.part)
+        self.direct = tp.size == 1 and not vocabulary.removed
+        rows = vocabulary.part(tp.size) + (not self.direct)
+        runs = vocabulary.runs(tp.rank, tp.size)
+        spec = selected_rows((vocabulary.size, hidden_size), runs, rows)
         self.weight = sharded_parameter(spec, dtype, tp.device)
+        self.row_of: torch.Tensor
+        if not self.direct:
+            table = vocabulary.row_of(tp.rank, tp.size, tp.device)
+            self.register_buffer("row_of", table, persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """int64 [T] -> [T, hidden_size], the same on every rank."""
-        if self.tp.size == 1:
+        """int64 [T] -> [T, hidden_size], the same on every rank; zeros for an id without a row."""
+        if self.direct:
             return F.embedding(input_ids, self.weight)
-        local = input_ids - self.tp.rank * self.part
-        elsewhere = (local < 0) | (local >= self.part)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return all_reduce(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
+        return all_reduce(F.embedding(self.row_of[input_ids], self.weight), self.tp)
 
 
 class ParallelLMHead(ParallelLinear):
-    """Logits of this rank's part of the vocabulary; weight on disk is [vocab, hidden], no bias.
+    """Logits of this rank's columns of ``vocabulary``; weight on disk is [size, hidden], no bias.
 
     Args:
         tied_to: the embedding whose rows serve as head, or None for a weight of its own.
@@ -40,19 +49,23 @@ class ParallelLMHead(ParallelLinear):
 
     def __init__(
         self,
-        vocab_size: int,
+        vocabulary: Vocabulary,
         hidden_size: int,
         tp: TPGroup,
         dtype: torch.dtype,
         tied_to: VocabParallelEmbedding | None = None,
     ) -> None:
         super().__init__(tp)
-        self.part = padded_part(vocab_size, tp.size)
+        self.vocabulary, self.part = vocabulary, vocabulary.part(tp.size)
         self.tied = tied_to is not None
+        self.ids: torch.Tensor
+        ids = vocabulary.column_ids(tp.rank, tp.size, tp.device)
+        self.register_buffer("ids", ids, persistent=False)
         if tied_to is not None:
             self.weight = tied_to.weight
             return
-        spec = padded_cut((vocab_size, hidden_size), 0, tp.rank, self.part)
+        runs = vocabulary.runs(tp.rank, tp.size)
+        spec = selected_rows((vocabulary.size, hidden_size), runs, self.part)
         self.weight = sharded_parameter(spec, dtype, tp.device)
 
     def finish_loading(self) -> None:
@@ -60,14 +73,18 @@ class ParallelLMHead(ParallelLinear):
         if not self.tied:
             super().finish_loading()
 
+    def _rows(self) -> torch.Tensor:
+        # What else a tied weight has belongs to the embedding alone. A packed one cannot be sliced.
+        return self.weight[: self.part] if self.tied else self.weight
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part]. Padding rows give 0; the sampler masks them."""
-        return self.kernels.logits(hidden, self.weight)
+        return self.kernels.logits(hidden, self._rows())
 
     def argmax(
         self, hidden: torch.Tensor, noise: Noise, num_valid: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The best id of this rank's part for each row, without the logits: score and id.
+        """The best id of this rank's columns for each row, without the logits: score and id.
 
         Args:
             num_valid: ids from here on are padding of the vocabulary.
@@ -75,6 +92,5 @@ class ParallelLMHead(ParallelLinear):
         Returns:
             float32 [R] and int64 [R], as ``Kernels.argmax``.
         """
-        first = self.tp.rank * self.part
-        valid = min(max(0, num_valid - first), self.part)
-        return self.kernels.linear_argmax(hidden, self.weight, noise, first, valid)
+        valid = self.vocabulary.valid_columns(num_valid, self.tp.rank, self.tp.size)
+        return self.kernels.linear_argmax(hidden, self._rows(), noise, self.ids, valid)

@@ -1,5 +1,6 @@
 """Linear layers cut over ranks. They take sizes and a ``TPGroup``, never a model's config."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from tprt.distributed.communication import all_reduce, one_shot_for
 from tprt.distributed.sharding import ShardSpec, cut, replicated
 from tprt.distributed.tp_group import TPGroup
-from tprt.kernels import Norm, kernels_for
+from tprt.kernels import Activations as Activations
+from tprt.kernels import Norm, SparseWeight, kernels_for
 
 
 def sharded_parameter(spec: ShardSpec, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
@@ -60,34 +62,60 @@ class ColumnParallelLinear(ParallelLinear):
         self.weight = sharded_parameter(weight, dtype, tp.device)
         self.bias = sharded_parameter(bias, dtype, tp.device)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Activations) -> torch.Tensor:
         """[T, in_features] -> [T, out_features / size]."""
         return self.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(ParallelLinear):
-    """y = x W^T + b with the input features cut over ranks; the bias enters once, after the sum."""
+    """y = x W^T + b with the input features cut over ranks; the bias enters once, after the sum.
+
+    Args:
+        in_features, out_features: of the whole layer; weight on disk is [out_features, in_features].
+        sparse_input: x is mostly exactly 0, as squared ReLU leaves it. The weight is then held as
+            [in_features / size, out_features], and few rows of x read only what meets something else.
+    """
 
     def __init__(
-        self, in_features: int, out_features: int, tp: TPGroup, dtype: torch.dtype
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        sparse_input: bool = False,
     ) -> None:
         super().__init__(tp)
         weight = cut((out_features, in_features), 1, tp.rank, tp.size)
+        weight = replace(weight, transposed=sparse_input)
         self.weight = sharded_parameter(weight, dtype, tp.device)
         self.bias = sharded_parameter(replicated((out_features,)), dtype, tp.device)
+        self.sparse = SparseWeight(self.weight, None) if sparse_input else None
+
+    def finish_loading(self) -> None:
+        """As ``ParallelLinear``; what is read row by row stays a parameter."""
+        if self.sparse is None:
+            return super().finish_loading()
+        # 0 times inf would not be 0, but the loader lets only finite values in.
+        self.sparse = self.kernels.pack_sparse(self.weight)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, norm: Norm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Activations]:
         """[T, in_features / size] -> ``residual`` + y and its LayerNorm, on every rank.
 
         Args:
             residual: what y is added to, [T, out_features].
-            norm: of the layer that comes next: it belongs to the same kernel.
+            norm: of the layer that comes next: it belongs to the same kernel, or to the next one.
         """
+        kernels, bias, sparse = self.kernels, self.bias, self.sparse
         if self.tp.size == 1:
-            return self.kernels.linear_add_layer_norm(x, self.weight, self.bias, residual, norm)
-        partial = self.kernels.linear(x, self.weight)
+            if sparse is not None:
+                return kernels.sparse_linear_add_layer_norm(x, sparse, bias, residual, norm)
+            return kernels.linear_add_layer_norm(x, self.weight, bias, residual, norm)
+        if sparse is not None:
+            partial = kernels.sparse_linear(x, sparse)
+        else:
+            partial = kernels.linear(x, self.weight)
         if (fused := one_shot_for(partial, self.tp)) is not None:
-            return fused.all_reduce_add_layer_norm(partial, self.bias, residual, norm)
-        return self.kernels.add_layer_norm(all_reduce(partial, self.tp), self.bias, residual, norm)
+            return fused.all_reduce_add_layer_norm(partial, bias, residual, norm)
+        return kernels.add_layer_norm(all_reduce(partial, self.tp), bias, residual, norm)

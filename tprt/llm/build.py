@@ -36,7 +36,7 @@ def kernels_to_compile(
     )
 
     def compile_them() -> None:
-        with use_kernels(engine.kernels):
+        with use_kernels(*engine.kernel_choice):
             compile_kernels(kernels_for(tp.device), sizes, tp.device)
 
     return compile_them
@@ -64,7 +64,7 @@ def build_runner(
     num_blocks = agree_on_blocks(tp, engine, plan, max_model_len)
 
     def make() -> ModelRunner:
-        with use_kernels(engine.kernels), phase("init"):
+        with use_kernels(*engine.kernel_choice), phase("init"):
             return ModelRunner(
                 model,
                 tp,

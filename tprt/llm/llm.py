@@ -18,6 +18,7 @@ import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import RotaryPrecision
 from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
+from tprt.distributed.vocabulary import show_ranges
 from tprt.engine.control import following_key, read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
 from tprt.engine.llm_engine import LLMEngine
@@ -39,6 +40,7 @@ from tprt.llm.startup import (
     open_record_file,
     open_tokenizer,
     resolve_rotary_precision,
+    resolve_vocabulary,
     same_file,
     settle_collectives,
     together,
@@ -66,11 +68,15 @@ class LLM:
             checkpoint says, else bf16 for Megatron checkpoints and fp32 for Hugging Face folders.
         verify: "full" also checks checksums, "sizes" only what names and headers say.
         bos_policy: "none" as Adept, "bos" as Hugging Face, which begins every text with |ENDOFTEXT|.
+        trim_vocab: ids whose rows of embedding and head are not loaded and that are never sampled:
+            "off" for none, as the reference, "reserved" for the block that the tokenizer proves
+            unused, or ranges of a first and a last id, as ``[(3, 70002)]``. All ids keep their numbers.
         group: a process group or one-dimensional DeviceMesh to cut the model over; None is the world.
         device: where to compute; None is this rank's GPU, else the CPU.
         **engine: the other fields of ``EngineConfig``.
 
     Attributes:
+        vocabulary: which ids have rows.
         startup_times: where the start of each rank went; see ``StartupTimes.report``.
 
     Raises:
@@ -89,6 +95,7 @@ class LLM:
         rotary_precision: RotaryPrecision | Literal["auto"] = "auto",
         verify: Literal["sizes", "full"] = "sizes",
         bos_policy: Literal["none", "bos"] = "none",
+        trim_vocab: Literal["off", "reserved"] | Sequence[Sequence[int]] = "off",
         group: Any = None,
         device: torch.device | str | None = None,
         **engine: Any,
@@ -106,6 +113,7 @@ class LLM:
             self.config.vocab_padding_multiple,
             str(reader.path),
         )
+        self.vocabulary = resolve_vocabulary(self.config.vocab_size, self.tokenizer, trim_vocab)
         if group is None:
             self.config.validate_parallel(launched_size())
         self.max_model_len = self.engine_config.resolve_max_model_len(
@@ -118,7 +126,7 @@ class LLM:
             self.tp, self.engine_config = settle_collectives(
                 self.tp, self.engine_config, self.config.hidden_size
             )
-            with use_kernels(self.engine_config.kernels):
+            with use_kernels(*self.engine_config.kernel_choice):
                 kernels = kernels_to_compile(self.config, self.tp, self.engine_config)
                 self._build(reader, times, kernels)
             self.startup_times = log_startup(self.tp, times)
@@ -129,6 +137,13 @@ class LLM:
         self._requests: dict[int, RequestStream] = {}
         self._stepping = False
         self._call: str | None = None  # rank 0: what is under way
+        if self.vocabulary.removed:
+            logger.info(
+                "%d of %d ids have rows: %s are trimmed away",
+                self.vocabulary.num_kept,
+                self.vocabulary.size,
+                show_ranges(self.vocabulary.removed),
+            )
         for warning in [*reader.warnings, *eos_warnings(self.tokenizer, self.config.eos_token_id)]:
             logger.warning("%s", warning)
         logger.info(
@@ -158,7 +173,12 @@ class LLM:
 
         def load() -> Any:
             model = get_model_class(self.config.model_type)(
-                self.config, self.tp, dtype, self.rotary_precision, self.max_model_len
+                self.config,
+                self.tp,
+                dtype,
+                self.rotary_precision,
+                self.max_model_len,
+                self.vocabulary,
             ).eval()
             ahead = compile_kernels if self.tp.device.type == "cuda" else None
             with beside(ahead, self.tp.device, times.phase("warm-up")), times.phase("load"):
@@ -166,7 +186,7 @@ class LLM:
             model.finish_loading()
             return model
 
-        plan = check_memory(self.tp, self.config, self.engine_config)
+        plan = check_memory(self.tp, self.config, self.engine_config, vocabulary=self.vocabulary)
         model = together(self.tp, load)
         runner, num_blocks = build_runner(
             model,
@@ -190,6 +210,7 @@ class LLM:
             self.num_valid_ids,
             min(self.max_model_len, cached),
             self.engine_config.seed,
+            self.vocabulary,
         )
 
     def _facts(self, reader: CheckpointReader) -> dict[str, Any]:
@@ -202,6 +223,7 @@ class LLM:
             "tokenizer": self.tokenizer.sha256,
             "engine": repr(self.engine_config),
             "num_valid_ids": self.num_valid_ids,
+            "trim_vocab": str(list(self.vocabulary.removed)),
             "tprt": tprt.__version__,
             "torch": torch.__version__,
             "device": self.tp.device.type,
@@ -388,6 +410,8 @@ class LLM:
 
     def logits(self, token_ids: Sequence[int] | None) -> torch.Tensor:
         """Logits at every position, float32 [T, vocab_size], the same on every rank.
+
+        Ids that ``trim_vocab`` removes have -inf.
 
         Raises:
             ConfigError: no ids, an id out of range, or more than the model or cache can hold.

@@ -14,6 +14,7 @@ import torch
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.memory_plan import RankPlan, RuntimePlan, plan_rank, plan_runtime
 from tprt.errors import OutOfMemoryPlan
 from tprt.log import get_logger
@@ -56,18 +57,27 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: PersimmonConfig, engine: EngineConfig, tp_size: int, device_type: str
+    config: PersimmonConfig,
+    engine: EngineConfig,
+    tp_size: int,
+    device_type: str,
+    vocabulary: Vocabulary | None = None,
 ) -> MemoryPlan:
     """The plan of ``tp_size`` ranks on devices of this type; needs none."""
     dtype = getattr(torch, engine.dtype)
     length = engine.resolve_max_model_len(config.max_position_embeddings)
-    rank = plan_rank(config, 0, tp_size, dtype, length)  # cuts are padded: all ranks are alike
-    runtime = plan_runtime(config, tp_size, engine, device_type)
+    # Cuts are padded: all ranks are alike.
+    rank = plan_rank(config, 0, tp_size, dtype, length, vocabulary)
+    runtime = plan_runtime(config, tp_size, engine, device_type, vocabulary)
     return MemoryPlan(rank, runtime, rank.kv_per_token * engine.block_size)
 
 
 def check_memory(
-    tp: TPGroup, config: PersimmonConfig, engine: EngineConfig, loaded: int = 0
+    tp: TPGroup,
+    config: PersimmonConfig,
+    engine: EngineConfig,
+    loaded: int = 0,
+    vocabulary: Vocabulary | None = None,
 ) -> MemoryPlan:
     """This rank's plan, once it is known that every rank's fits. Collective; before anything is loaded.
 
@@ -78,7 +88,7 @@ def check_memory(
         OutOfMemoryPlan: on every rank, where one has too little; it names the largest setting that
             fits there.
     """
-    plan = plan_memory(config, engine, tp.size, tp.device.type)
+    plan = plan_memory(config, engine, tp.size, tp.device.type, vocabulary)
     sharing = _ranks_here(tp)
     if tp.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(tp.device)
@@ -90,7 +100,7 @@ def check_memory(
     rooms = gather_json(plan.room, tp)
     for rank, room in enumerate(rooms):
         if room is not None and plan.needed(engine) > room:
-            raise _too_little(config, engine, tp, plan, rank, room)
+            raise _too_little(config, engine, tp, plan, rank, room, vocabulary)
     return plan
 
 
@@ -120,6 +130,7 @@ def _too_little(
     plan: MemoryPlan,
     rank: int,
     room: int,
+    vocabulary: Vocabulary | None,
 ) -> OutOfMemoryPlan:
     parts = {
         "weights": plan.rank.weights + plan.rank.tables,
@@ -131,20 +142,25 @@ def _too_little(
         f"{in_gib(plan.needed(engine))} are needed per rank ({shown}), and there is room for "
         f"{in_gib(room)}",
         where=f"rank {rank} of {tp.size}, {tp.device.type}",
-        hint=largest_that_fits(config, engine, tp.size, tp.device.type, room),
+        hint=largest_that_fits(config, engine, tp.size, tp.device.type, room, vocabulary),
     )
 
 
 def largest_that_fits(
-    config: PersimmonConfig, engine: EngineConfig, tp_size: int, device_type: str, room: int
+    config: PersimmonConfig,
+    engine: EngineConfig,
+    tp_size: int,
+    device_type: str,
+    room: int,
+    vocabulary: Vocabulary | None = None,
 ) -> str:
     """The mildest change of settings after which the plan fits into ``room`` bytes, in words."""
 
     def fits(size: int = tp_size, **changed: int | bool | None) -> bool:
         tried = replace(engine, **changed)  # type: ignore[arg-type]
-        return plan_memory(config, tried, size, device_type).needed(tried) <= room
+        return plan_memory(config, tried, size, device_type, vocabulary).needed(tried) <= room
 
-    plan = plan_memory(config, engine, tp_size, device_type)
+    plan = plan_memory(config, engine, tp_size, device_type, vocabulary)
     if engine.kv_cache_memory is not None and fits(kv_cache_memory=None):
         blocks = (room - plan.fixed) // plan.block
         return f"engine.kv_cache_memory={blocks * plan.block} or less"

@@ -12,10 +12,16 @@ from typing import Any, BinaryIO, Literal, TypeVar, cast
 import torch
 
 from tprt.checkpoint import CheckpointReader
-from tprt.config import EngineConfig, RotaryPrecision, default_rotary_precision
+from tprt.config import (
+    EngineConfig,
+    RotaryPrecision,
+    default_rotary_precision,
+    parse_trim_vocab,
+)
 from tprt.distributed.communication import gather_json
 from tprt.distributed.self_test import check_captured_collectives
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.digest import FIELDS
 from tprt.engine.step_record import MAX_BUCKET
 from tprt.errors import (
@@ -71,6 +77,36 @@ def open_tokenizer(
             hint="put adept_vocab.model there, or name it with --tokenizer",
         )
     return Tokenizer(found, bos_policy=bos_policy)
+
+
+def resolve_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, asked: object) -> Vocabulary:
+    """Which ids have rows, where ``model.trim_vocab`` is ``asked``.
+
+    Args:
+        vocab_size: rows on disk.
+        tokenizer: None where there is none, which leaves ranges unchecked against its pieces.
+
+    Raises:
+        ConfigError: ``asked`` is malformed, names ids that are not there or must stay, or is
+            ``reserved`` and the tokenizer proves no id unused.
+    """
+    try:
+        trim = parse_trim_vocab(asked)
+    except ValueError as error:
+        raise ConfigError(f"trim_vocab {error}, not {asked!r:.80}", hint="off") from None
+    if trim == "off":
+        return Vocabulary(vocab_size)
+    if trim == "reserved":
+        if tokenizer is None:
+            raise ConfigError(
+                "model.trim_vocab=reserved needs the tokenizer, and there is none here",
+                hint="model.tokenizer=FILE, or ranges such as model.trim_vocab=[[3, 70002]]",
+            )
+        return Vocabulary(vocab_size, (tokenizer.reserved_block(),))
+    vocabulary = Vocabulary(vocab_size, trim)
+    if tokenizer is not None:
+        tokenizer.check_removable(vocabulary.removed)
+    return vocabulary
 
 
 def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:

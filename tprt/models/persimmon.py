@@ -14,13 +14,20 @@ from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.config import PersimmonConfig, RotaryPrecision
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
 from tprt.layers.attention import Angles, Attention
 from tprt.layers.embedding import Noise, ParallelLMHead, VocabParallelEmbedding
-from tprt.layers.linear import ColumnParallelLinear, ParallelLinear, RowParallelLinear
+from tprt.layers.linear import (
+    Activations,
+    ColumnParallelLinear,
+    ParallelLinear,
+    RowParallelLinear,
+)
 from tprt.layers.norm import HeadLayerNorm, LayerNorm, Norm
 from tprt.layers.rotary import RotaryEmbedding
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
+StreamAndNorm = tuple[torch.Tensor, Activations]
 
 
 class PersimmonAttention(nn.Module):
@@ -40,14 +47,14 @@ class PersimmonAttention(nn.Module):
 
     def forward(
         self,
-        h: torch.Tensor,
+        h: Activations,
         residual: torch.Tensor,
         angles: Angles,
         batch: ForwardBatch,
         cache: KVCache,
         norm: Norm,
         rows: torch.Tensor | None,
-    ) -> Tensors:
+    ) -> StreamAndNorm:
         """[T, hidden_size] -> ``residual`` plus the attention, of ``rows`` alone if given; its norm."""
         local = (-1, self.attention.num_heads, 3, self.attention.head_dim)
         qkv = self.query_key_value(h).view(local)
@@ -62,9 +69,9 @@ class PersimmonMLP(nn.Module):
         super().__init__()
         hidden, ffn = config.hidden_size, config.intermediate_size
         self.dense_h_to_4h = ColumnParallelLinear(hidden, ffn, tp, dtype, "squared_relu")
-        self.dense_4h_to_h = RowParallelLinear(ffn, hidden, tp, dtype)
+        self.dense_4h_to_h = RowParallelLinear(ffn, hidden, tp, dtype, sparse_input=True)
 
-    def forward(self, h: torch.Tensor, residual: torch.Tensor, norm: Norm) -> Tensors:
+    def forward(self, h: Activations, residual: torch.Tensor, norm: Norm) -> StreamAndNorm:
         return self.dense_4h_to_h(self.dense_h_to_4h(h), residual, norm)
 
 
@@ -80,13 +87,13 @@ class PersimmonDecoderLayer(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        h: torch.Tensor,
+        h: Activations,
         angles: Angles,
         batch: ForwardBatch,
         cache: KVCache,
         norm: Norm,
         rows: torch.Tensor | None = None,
-    ) -> Tensors:
+    ) -> StreamAndNorm:
         """The residual stream [T, hidden_size] and this layer's input LayerNorm of it -> the next ones.
 
         Args:
@@ -106,9 +113,10 @@ class PersimmonModel(nn.Module):
         dtype: torch.dtype,
         rotary_precision: RotaryPrecision,
         max_positions: int,
+        vocabulary: Vocabulary,
     ) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, dtype)
+        self.embed_tokens = VocabParallelEmbedding(vocabulary, config.hidden_size, tp, dtype)
         self.rotary_emb = RotaryEmbedding(
             config.rotary_dim, max_positions, config.rope_theta, rotary_precision, tp.device
         )
@@ -123,13 +131,14 @@ class PersimmonModel(nn.Module):
         angles = self.rotary_emb(batch.positions)
         # Each LayerNorm belongs to the kernel that ends the layer before it.
         layers = cast("list[PersimmonDecoderLayer]", self.layers)
-        h = layers[0].input_layernorm(x)
+        h: Activations = layers[0].input_layernorm(x)
         norms = [layer.input_layernorm.norm for layer in layers[1:]]
         for layer, cache, norm in zip(layers[:-1], caches[:-1], norms, strict=True):
             x, h = layer(x, h, angles, batch, cache, norm)
         # No later layer looks at the other rows: most of a prompt skips the last MLP.
         final, rows = self.final_layernorm.norm, batch.logits_rows
-        return layers[-1](x, h, angles, batch, caches[-1], final, rows)[1]
+        _, h = layers[-1](x, h, angles, batch, caches[-1], final, rows)
+        return self.final_layernorm.kernels.normed(h)
 
 
 class PersimmonForCausalLM(nn.Module):
@@ -141,6 +150,7 @@ class PersimmonForCausalLM(nn.Module):
         dtype: of parameters, activations and cache.
         rotary_precision: how positions are turned into angles.
         max_positions: longest sequence the rotary table covers; None means the model's own limit.
+        vocabulary: which ids have rows; None means all.
 
     Raises:
         ConfigError: the heads or the MLP do not divide over ``tp.size`` ranks.
@@ -153,14 +163,16 @@ class PersimmonForCausalLM(nn.Module):
         dtype: torch.dtype,
         rotary_precision: RotaryPrecision = "fp32",
         max_positions: int | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
         config.validate_parallel(tp.size)
         positions = max_positions or config.max_position_embeddings
         self.config, self.tp = config, tp
-        self.model = PersimmonModel(config, tp, dtype, rotary_precision, positions)
+        self.vocabulary = vocabulary or Vocabulary(config.vocab_size)
+        self.model = PersimmonModel(config, tp, dtype, rotary_precision, positions, self.vocabulary)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
-        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, dtype, tied)
+        self.lm_head = ParallelLMHead(self.vocabulary, config.hidden_size, tp, dtype, tied)
 
     def finish_loading(self) -> None:
         """After the weights are in: lay them out as this device reads them fastest.
@@ -176,11 +188,11 @@ class PersimmonForCausalLM(nn.Module):
         return self.model(batch, caches)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] -> float32 [R, part of the vocabulary] of this rank."""
+        """[R, hidden_size] -> float32 [R, part], this rank's columns of ``vocabulary``."""
         return self.lm_head(hidden)
 
     def argmax(self, hidden: torch.Tensor, noise: Noise, num_valid: int) -> Tensors:
-        """The best id of this rank's part for each row; see ``ParallelLMHead.argmax``."""
+        """The best id of this rank's columns for each row; see ``ParallelLMHead.argmax``."""
         return self.lm_head.argmax(hidden, noise, num_valid)
 
     def cache_spec(self) -> list[PagedKVSpec]:

@@ -14,7 +14,7 @@ Other USER_DEFINED pieces (a newline, a run of spaces, digits) are text and stay
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ SPACE = "\u2581"  # sentencepiece's visible blank
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 _SPECIAL_FORM = re.compile(r"\|[A-Z][A-Z0-9_]*\||<\|[^\s]+\|>|<[A-Za-z0-9][^<>\s/]*>")
-_RESERVED_NAME = re.compile(r"[<\[|][^\s]*(unused|reserved)[^\s]*[>\]|]", re.IGNORECASE)
-_NUMBERED = re.compile(r".*\d+[>\]|]")
+RESERVED_NAME = re.compile(r"[<\[|][^\s]*(unused|reserved)[^\s]*[>\]|]", re.IGNORECASE)
+NUMBERED = re.compile(r".*\d+[>\]|]")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -56,33 +56,11 @@ def is_special(piece: str, kind: int, pieces: Collection[str]) -> bool:
         return True
     if kind in (UNKNOWN, BYTE):
         return False
-    if _RESERVED_NAME.fullmatch(piece):
+    if RESERVED_NAME.fullmatch(piece):
         return True
     if kind != USER_DEFINED or not _SPECIAL_FORM.fullmatch(piece):
         return False
     return not (piece.startswith("<") and f"</{piece[1:]}" in pieces)
-
-
-def longest_unused_run(pieces: Sequence[str], kinds: bytes, kept: Collection[int]) -> range:
-    """The longest run of pieces that no text was ever trained on.
-
-    Unused are pieces of type UNUSED, bracketed names that say so, and numbered CONTROL pieces;
-    the ids ``kept`` (the model's own unknown, begin, end and pad pieces, the end of text) are not.
-    """
-
-    def unused(i: int) -> bool:
-        piece, kind = pieces[i], kinds[i]
-        if i in kept or piece in NAMED_SPECIALS or kind == BYTE:
-            return False
-        numbered = kind == CONTROL and _NUMBERED.fullmatch(piece) is not None
-        return kind == UNUSED or numbered or _RESERVED_NAME.fullmatch(piece) is not None
-
-    best, start = range(0), 0
-    for i in range(len(pieces) + 1):
-        if i == len(pieces) or not unused(i):
-            best = max(best, range(start, i), key=len)
-            start = i + 1
-    return best
 
 
 # ---------------------------------------------------------------- the file

@@ -9,7 +9,7 @@ This file knows no model, no rank, no tensor and not the wire format of the mode
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +28,11 @@ from tprt.tokenizer.sentencepiece_model import (
     damaged,
     is_special,
     load,
-    longest_unused_run,
     read_model,
     read_pieces,
     retype,
 )
+from tprt.tokenizer.unused import check_removable, longest_run, looks_unused, reserved_block
 
 BosPolicy = Literal["none", "bos"]
 
@@ -67,7 +67,10 @@ class Tokenizer:
             raise damaged(self.path, "its list of pieces reads in two ways")
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         self.eod_id = self._find_eod()
-        self.unused_ids = self._find_unused()
+        plain = self._plain
+        ends = plain.unk_id(), plain.bos_id(), plain.eos_id(), plain.pad_id()
+        self._kept = frozenset({self.eod_id, *ends})
+        self.unused_ids = longest_run(self._pieces, self._kinds, self._kept, looks_unused)
         self.special_ids = self._find_specials()
         # Two more copies of the model differ from the file in the types of special pieces alone: in
         # `_inert` none can come from text, in `_parsing` all can.
@@ -153,6 +156,24 @@ class Tokenizer:
         """Whether the piece stands for one byte. Raises ConfigError like ``id_to_piece``."""
         return self._kinds[self._checked(token_id)] == BYTE
 
+    def reserved_block(self) -> tuple[int, int]:
+        """The first and the last id of the block that the model file proves unused.
+
+        Raises:
+            ConfigError: it proves none; see ``unused.reserved_block``.
+        """
+        return reserved_block(self._pieces, self._kinds, self._kept, str(self.path))
+
+    def check_removable(self, ranges: Collection[tuple[int, int]]) -> None:
+        """Raises ConfigError when a range, both ends inside, takes a piece that must stay.
+
+        The end of text, unknown, begin, end, pad and byte pieces must, and special ones, except those
+        that carry a number or say that they are unused.
+        """
+        check_removable(
+            self._pieces, self._kinds, self._kept, self.special_ids, ranges, str(self.path)
+        )
+
     def _checked(self, token_id: int) -> int:
         if 0 <= token_id < self.vocab_size:
             return token_id
@@ -200,11 +221,6 @@ class Tokenizer:
                 hint="the tokenizer that came with the checkpoint",
             )
         return eos
-
-    def _find_unused(self) -> range:
-        plain = self._plain
-        kept = {self.eod_id, plain.unk_id(), plain.bos_id(), plain.eos_id(), plain.pad_id()}
-        return longest_unused_run(self._pieces, self._kinds, kept)
 
     def _find_specials(self) -> frozenset[int]:
         typed = enumerate(zip(self._pieces, self._kinds, strict=True))

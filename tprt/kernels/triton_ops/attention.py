@@ -1,8 +1,9 @@
 """Which kernel serves which tokens of a pass over a paged cache.
 
-Rows with one new token go to ``decode_attention``, chunks of prompts to ``prefill_attention``: to its
-Triton kernel, or to torch's SDPA where that is faster. What kernels need to know of a pass is laid out
-on the host once, for all layers, and uploaded in one copy.
+Rows with one new token go to ``decode_attention``, or where a pass has nothing else to
+``fused_attention``, which does what comes before as well; chunks of prompts go to ``prefill_attention``,
+to its Triton kernel, or to torch's SDPA where that is faster. What kernels need to know of a pass is
+laid out on the host once, for all layers, and uploaded in one copy.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tprt.kernels.interface import HeadNorms
 from tprt.kernels.triton_ops import decode_attention as decode
+from tprt.kernels.triton_ops import fused_attention as fused
 from tprt.kernels.triton_ops import prefill_attention as prefill
 
 PrefillBody = Literal["auto", "triton", "sdpa"]
@@ -25,11 +28,12 @@ SDPA_MIN_TOKENS = 512
 
 @dataclass(frozen=True)
 class _DecodeRows:
-    """See ``decode_attention``."""
+    """See ``decode_attention``; with counters, rows that ``qk_rope_attention`` can serve."""
 
     jobs: torch.Tensor
     max_chunks: int
     partials: decode.Partials | None
+    counters: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,29 @@ class TritonAttentionPlan:
             decode.decode_attention(q_THD, kv_cache, tables, jobs, out, scale, max_chunks, partials)
         return out
 
+    @property
+    def fuses(self) -> bool:
+        """Whether each sequence has one new token, in order, so that one kernel does it all."""
+        return self.rows is not None and self.rows.counters is not None
+
+    def fused(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """As ``Kernels.attend``, of the same bits, in one kernel; ``fuses`` says whether it may."""
+        rows = self.rows
+        assert rows is not None and rows.counters is not None
+        return fused.qk_rope_attention(
+            qkv, norms, cos, sin, kv_cache, slot_mapping, self.block_tables, rows.jobs, scale,
+            rows.max_chunks, rows.partials, rows.counters,
+        )  # fmt: skip
+
 
 class TritonAttention:
     """See ``interface.AttentionPlanner``.
@@ -101,6 +128,7 @@ class TritonAttention:
         self.block_size, self.num_heads, self.head_dim = block_size, num_heads, head_dim
         self.dtype, self.device = dtype, device
         self.prefill_body: PrefillBody = "auto"
+        self.counters = fused.zero_counters(num_heads, head_dim, dtype, device)
 
     def plan(
         self, block_tables: torch.Tensor, query_lens: Sequence[int], context_lens: Sequence[int]
@@ -129,7 +157,7 @@ class TritonAttention:
         words = self._upload(np.array(jobs, dtype=np.int32).reshape(-1, 4), *tiles)
         return TritonAttentionPlan(
             block_tables,
-            self._rows(words[0], max_chunks, num_partials) if jobs else None,
+            self._rows(words[0], max_chunks, num_partials, None) if jobs else None,
             tuple(_Tiles(how, each) for how, each in zip(groups, words[1:], strict=True)),
             tuple(chunks),
         )
@@ -139,15 +167,21 @@ class TritonAttention:
         max_chunks = -(-block_tables.shape[1] * self.block_size // decode.CHUNK)
         at_once = decode.rows_at_once(len(lengths), max_chunks, self.num_heads, self.head_dim)
         return TritonAttentionPlan(
-            block_tables, self._rows(lengths, max_chunks, at_once * max_chunks)
+            block_tables, self._rows(lengths, max_chunks, at_once * max_chunks, self.counters)
         )
 
-    def _rows(self, jobs: torch.Tensor, max_chunks: int, num_partials: int) -> _DecodeRows:
+    def _rows(
+        self,
+        jobs: torch.Tensor,
+        max_chunks: int,
+        num_partials: int,
+        counters: torch.Tensor | None,
+    ) -> _DecodeRows:
         if max_chunks == 1:
-            return _DecodeRows(jobs, 1, None)
+            return _DecodeRows(jobs, 1, None, counters)
         # For all layers, which run one after the other; freed with the plan.
         partials = decode.empty_partials(num_partials, self.num_heads, self.head_dim, self.device)
-        return _DecodeRows(jobs, max_chunks, partials)
+        return _DecodeRows(jobs, max_chunks, partials, counters)
 
     def _takes_sdpa(self, new: int, old: int) -> bool:
         if self.prefill_body == "auto":

@@ -4,9 +4,18 @@ import torch
 import triton
 
 from tprt.errors import ConfigError
-from tprt.kernels.interface import HeadNorms, Noise, Norm, Tensors
-from tprt.kernels.triton_ops import head, linear, rotary, tiles
-from tprt.kernels.triton_ops.attention import TritonAttention
+from tprt.kernels.interface import (
+    Activations,
+    AttentionPlan,
+    HeadNorms,
+    Noise,
+    Norm,
+    PendingNorm,
+    SparseWeight,
+    Tensors,
+)
+from tprt.kernels.triton_ops import head, linear, rotary, sparse_linear, tiles
+from tprt.kernels.triton_ops.attention import TritonAttention, TritonAttentionPlan
 from tprt.kernels.triton_ops.norm import add_layer_norm, layer_norm
 
 
@@ -15,6 +24,8 @@ class TritonKernels:
 
     Args:
         device: a GPU, or the CPU under TRITON_INTERPRET=1.
+        sparse_rows: as in ``Kernels``, 16 at most; None takes what the device's table says.
+        fused: one kernel for several operations where there is one, of the same results.
 
     Raises:
         ConfigError: it is a CPU and Triton does not interpret; or the table of tiles is damaged.
@@ -22,7 +33,9 @@ class TritonKernels:
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, sparse_rows: int | None = None, fused: bool = True
+    ) -> None:
         if device.type == "cpu" and not triton.knobs.runtime.interpret:
             raise ConfigError(
                 "Triton compiles no kernels for a CPU",
@@ -30,6 +43,9 @@ class TritonKernels:
             )
         self.device = device
         self.tiles = tiles.load(device)
+        self.sparse_rows, self.fused = sparse_rows, fused
+        # At one address from the beginning: graphs hold it.
+        self._counters = sparse_linear.make_counters(device)
 
     def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """Itself: rows as they are stored are what the products stream."""
@@ -44,13 +60,16 @@ class TritonKernels:
         """``x`` may also be a stack of partial sums, float32 [P, T, width]."""
         return add_layer_norm(x, bias, residual, norm)
 
+    def normed(self, x: Activations) -> torch.Tensor:
+        return layer_norm(*x) if isinstance(x, PendingNorm) else x
+
     def linear(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         return linear.linear(x, weight, bias, self.tiles)
 
     def linear_squared_relu(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         return linear.linear_squared_relu(x, weight, bias, self.tiles)
 
@@ -61,8 +80,44 @@ class TritonKernels:
         bias: torch.Tensor,
         residual: torch.Tensor,
         norm: Norm,
-    ) -> Tensors:
+    ) -> tuple[torch.Tensor, Activations]:
+        if self.fused:
+            total = linear.linear_add(x, weight, bias, residual, self.tiles)
+            if total is not None:
+                return total, PendingNorm(total, norm)
         return add_layer_norm(linear.linear_unrounded(x, weight, self.tiles), bias, residual, norm)
+
+    def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
+        """No copy: skipping or not, the rows themselves are streamed, and cuBLAS reads any layout."""
+        return SparseWeight(rows, None)
+
+    def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
+        skip = self._skips(x, weight)
+        if skip is None:
+            return x @ weight.rows
+        return sparse_linear.product(x, weight.rows, self._counters, skip)
+
+    def sparse_linear_add_layer_norm(
+        self,
+        x: torch.Tensor,
+        weight: SparseWeight,
+        bias: torch.Tensor,
+        residual: torch.Tensor,
+        norm: Norm,
+    ) -> tuple[torch.Tensor, Activations]:
+        skip = self._skips(x, weight)
+        if skip is None:
+            return add_layer_norm(x @ weight.rows, bias, residual, norm)
+        arguments = x, weight.rows, self._counters, skip
+        if self.fused:
+            total = sparse_linear.product(*arguments, bias, residual)
+            return total, PendingNorm(total, norm)
+        y = sparse_linear.product(*arguments, dtype=torch.float32)
+        return add_layer_norm(y, bias, residual, norm)
+
+    def _skips(self, x: torch.Tensor, weight: SparseWeight) -> bool | None:
+        rows = self.tiles.sparse_rows if self.sparse_rows is None else self.sparse_rows
+        return sparse_linear.skips(len(x), weight.rows, rows)
 
     def qk_norm_rotary_store(
         self,
@@ -75,16 +130,39 @@ class TritonKernels:
     ) -> torch.Tensor:
         return rotary.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
 
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        norms: HeadNorms | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        plan: AttentionPlan,
+        scale: float,
+    ) -> torch.Tensor:
+        if self.fused and isinstance(plan, TritonAttentionPlan) and plan.fuses:
+            return plan.fused(qkv, norms, cos, sin, kv_cache, slot_mapping, scale)
+        q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
+        return plan(q, kv_cache, scale)
+
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear.logits(x, weight, self.tiles)
 
     def linear_argmax(
-        self, x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        noise: Noise,
+        ids: torch.Tensor,
+        num_valid: int,
     ) -> Tensors:
-        return head.linear_argmax(x, weight, noise, first_id, num_valid)
+        return head.linear_argmax(x, weight, noise, ids, num_valid)
 
-    def argmax(self, logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
-        return head.argmax(logits, noise, first_id, num_valid)
+    def argmax(
+        self, logits: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int
+    ) -> Tensors:
+        return head.argmax(logits, noise, ids, num_valid)
 
     def attention(
         self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype

@@ -1,9 +1,10 @@
 """The LM head with sampling in it: logits, temperature, keyed Gumbel noise and maximum in one pass.
 
 Each program takes the best of its part of the vocabulary for every row and writes (score, column); a
-second, small kernel takes the best of those. Of equal scores the lowest column wins in both, so the
-result does not depend on how the vocabulary is cut into programs or over ranks. At most ``MAX_ROWS``
-rows read the weight once and write no logits; more rows go through a matrix product first.
+second, small kernel takes the best of those and looks up its id. Of equal scores the lowest column, and
+so the lowest id, wins in both: the result does not depend on how the vocabulary is cut into programs or
+over ranks, nor on ids that have no column. At most ``MAX_ROWS`` rows read the weight once and write no
+logits; more rows go through a matrix product first.
 
 The noise is that of ``kernels.noise``: the same 32-bit uniforms, bit for bit; its two logarithms are
 computed here and agree to a few units in the last place.
@@ -29,13 +30,14 @@ _NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
 def linear_argmax(
-    x: torch.Tensor, weight: torch.Tensor, noise: Noise, first_id: int, num_valid: int
+    x: torch.Tensor, weight: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int
 ) -> Tensors:
     """``argmax`` of x W^T in float32; see ``interface.Kernels``.
 
     Args:
         x: [R, width]. weight: [V, width] of the same dtype. Its rows from ``num_valid`` on are not
             read where R is at most ``MAX_ROWS``.
+        ids: int64 [V], ascending.
 
     Returns:
         float32 [R] and int64 [R]. A row's bits do not depend on the other rows, nor, up to
@@ -43,8 +45,8 @@ def linear_argmax(
     """
     num_rows, width = x.shape
     if num_rows > MAX_ROWS or weight.stride(1) != 1:
-        return argmax(logits(x, weight), noise, first_id, num_valid)
-    assert x.dtype == weight.dtype
+        return argmax(logits(x, weight), noise, ids, num_valid)
+    assert x.dtype == weight.dtype and ids.is_contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     x_stride = x.stride(0) if num_rows > 1 else width  # of a single row it may be anything
     block_v, block_k, stages = (128, 64, 4) if weight.element_size() == 2 else (64, 32, 3)
@@ -54,27 +56,27 @@ def linear_argmax(
     parts = max(1, triton.cdiv(num_valid, block_v))
     best, columns = _partials(num_rows, parts, x.device)
     _linear_argmax_kernel[(parts,)](
-        x, weight, *_rows_of(noise), best, columns,
-        num_rows, width, num_valid, first_id, x_stride, weight.stride(0), parts,
+        x, weight, ids, *_rows_of(noise), best, columns,
+        num_rows, width, num_valid, x_stride, weight.stride(0), parts,
         NOISY=not noise.all_greedy, EVEN=even,
         ROWS=MAX_ROWS, BLOCK_V=block_v, BLOCK_K=block_k,
         num_warps=4, num_stages=stages,
     )  # fmt: skip
-    return _reduce(best, columns, first_id)
+    return _reduce(best, columns, ids)
 
 
-def argmax(logits: torch.Tensor, noise: Noise, first_id: int, num_valid: int) -> Tensors:
+def argmax(logits: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int) -> Tensors:
     """See ``interface.Kernels``; ``logits`` is float32 [R, V], its rows contiguous."""
-    assert logits.dtype == torch.float32 and logits.stride(1) == 1
+    assert logits.dtype == torch.float32 and logits.stride(1) == 1 and ids.is_contiguous()
     num_rows = len(logits)
     parts = max(1, triton.cdiv(num_valid, ARGMAX_BLOCK))
     best, columns = _partials(num_rows, parts, logits.device)
     _argmax_kernel[(parts, num_rows)](
-        logits, *_rows_of(noise), best, columns,
-        num_rows, num_valid, first_id, logits.stride(0), parts,
+        logits, ids, *_rows_of(noise), best, columns,
+        num_rows, num_valid, logits.stride(0), parts,
         NOISY=not noise.all_greedy, BLOCK=ARGMAX_BLOCK, num_warps=4,
     )  # fmt: skip
-    return _reduce(best, columns, first_id)
+    return _reduce(best, columns, ids)
 
 
 def logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -97,21 +99,21 @@ def _partials(num_rows: int, parts: int, device: torch.device) -> Tensors:
     return best, torch.empty(shape, dtype=torch.int32, device=device)
 
 
-def _reduce(best: torch.Tensor, columns: torch.Tensor, first_id: int) -> Tensors:
-    """float32 and int32 [R, parts] -> float32 and int64 [R]."""
+def _reduce(best: torch.Tensor, columns: torch.Tensor, ids: torch.Tensor) -> Tensors:
+    """float32 and int32 [R, parts], and the ids of columns -> float32 and int64 [R]."""
     num_rows, parts = best.shape
     scores = best.new_empty(num_rows)
-    ids = torch.empty(num_rows, dtype=torch.int64, device=best.device)
+    drawn = torch.empty(num_rows, dtype=torch.int64, device=best.device)
     _reduce_kernel[(num_rows,)](
-        best, columns, scores, ids, parts, first_id, BLOCK=REDUCE_BLOCK, num_warps=4
+        best, columns, ids, scores, drawn, parts, BLOCK=REDUCE_BLOCK, num_warps=4
     )
-    return scores, ids
+    return scores, drawn
 
 
 @triton.jit
 def _linear_argmax_kernel(
-    x_ptr, weight_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr, columns_ptr,
-    num_rows, width, num_valid, first_id, x_stride, weight_stride, parts,
+    x_ptr, weight_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
+    columns_ptr, num_rows, width, num_valid, x_stride, weight_stride, parts,
     NOISY: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -137,30 +139,30 @@ def _linear_argmax_kernel(
             w, x = w.to(tl.float32), x.to(tl.float32)
         acc = tl.dot(w, x, acc, input_precision="ieee")
     _store_best(
-        acc, columns, rows, part, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr,
-        best_ptr, columns_ptr, num_rows, num_valid, first_id, parts, NOISY,
+        acc, columns, rows, part, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr,
+        best_ptr, columns_ptr, num_rows, num_valid, parts, NOISY,
     )  # fmt: skip
 
 
 @triton.jit
 def _argmax_kernel(
-    logits_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr, columns_ptr,
-    num_rows, num_valid, first_id, stride, parts, NOISY: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
+    columns_ptr, num_rows, num_valid, stride, parts, NOISY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     part, row = tl.program_id(0), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row.to(tl.int64) * stride + columns, mask=columns < num_valid)
     rows = row + tl.arange(0, 1)
     _store_best(
-        logits[:, None], columns, rows, part, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr,
-        best_ptr, columns_ptr, num_rows, num_valid, first_id, parts, NOISY,
+        logits[:, None], columns, rows, part, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr,
+        positions_ptr, best_ptr, columns_ptr, num_rows, num_valid, parts, NOISY,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_best(
-    logits, columns, rows, part, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr,
-    best_ptr, columns_ptr, num_rows, num_valid, first_id, parts, NOISY: tl.constexpr,
+    logits, columns, rows, part, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr,
+    best_ptr, columns_ptr, num_rows, num_valid, parts, NOISY: tl.constexpr,
 ):  # fmt: skip
     """The best of logits [C, R] over its columns [C], for each of its rows [R]."""
     scores, is_row = logits, rows < num_rows
@@ -171,9 +173,8 @@ def _store_best(
             temperature = tl.load(temperature_ptr + rows, mask=is_row, other=1.0)
             keys = tl.load(keys_ptr + rows, mask=is_row, other=0)
             positions = tl.load(positions_ptr + rows, mask=is_row, other=0)
-            uniform = _uniform(
-                keys[None, :], positions[None, :], columns.to(tl.int64)[:, None] + first_id
-            )
+            ids = tl.load(ids_ptr + columns, mask=columns < num_valid, other=0)
+            uniform = _uniform(keys[None, :], positions[None, :], ids[:, None])
             drawn = tl.where((greedy != 0)[None, :], 0.0, _gumbel(uniform))
             scores = tl.div_rn(logits, tl.zeros_like(logits) + temperature[None, :]) + drawn
     # Comparisons pass over NaN, and so does tl.max on some devices: it wins as +inf, to be seen.
@@ -187,7 +188,7 @@ def _store_best(
 
 @triton.jit
 def _reduce_kernel(
-    best_ptr, columns_ptr, scores_ptr, ids_ptr, parts, first_id, BLOCK: tl.constexpr
+    best_ptr, columns_ptr, ids_ptr, scores_ptr, drawn_ptr, parts, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0)
     best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
@@ -203,7 +204,7 @@ def _reduce_kernel(
     top = tl.max(best, axis=0)
     column = tl.min(tl.where(best == top, lowest, _NO_COLUMN), axis=0)
     tl.store(scores_ptr + row, top)
-    tl.store(ids_ptr + row, column.to(tl.int64) + first_id)
+    tl.store(drawn_ptr + row, tl.load(ids_ptr + column))
 
 
 @triton.jit

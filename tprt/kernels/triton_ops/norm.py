@@ -1,7 +1,8 @@
 """LayerNorm of rows, and the sum that ends a row-parallel layer together with the LayerNorm after it.
 
 One program holds a whole row in registers: the mean first, then the variance of what is left, both in
-float32. The layout, and with it the order of every sum, depends on the width alone.
+float32. The order of every sum depends on the width alone, not on how many threads take part: a product
+that computes the LayerNorm of what it reads gets the same bits (``statistics``, ``normalize``).
 
 Legend: T tokens, P partial sums.
 """
@@ -12,6 +13,7 @@ import triton.language as tl
 
 from tprt.kernels.interface import Norm, Tensors
 from tprt.kernels.triton_ops.numerics import round_to
+from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
 
 def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
@@ -19,8 +21,9 @@ def layer_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     assert x.stride(1) == 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _layer_norm_kernel[(len(x),)](
-        x, norm.weight, norm.bias, out, x.shape[1], x.stride(0), norm.eps, **row_launch(x.shape[1])
-    )
+        x, norm.weight, norm.bias, out, x.shape[1], x.stride(0), norm.eps,
+        **row_launch(x.shape[1]), **pdl_options(x.device),
+    )  # fmt: skip
     return out
 
 
@@ -45,7 +48,7 @@ def add_layer_norm(
         width, len(parts), parts.stride(0), parts.stride(1), residual.stride(0), norm.eps,
         # Loads of so many parts are under way together; wide rows need the registers themselves.
         AT_ONCE=4 if width <= 8192 else 2,
-        **row_launch(width),
+        **row_launch(width), **pdl_options(x.device),
     )  # fmt: skip
     return total, out
 
@@ -58,25 +61,38 @@ def row_launch(width: int) -> dict[str, int]:
 
 @triton.jit
 def _layer_norm_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, width, x_stride, eps, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, bias_ptr, out_ptr, width, x_stride, eps,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pdl_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_stride + columns, mask=columns < width, other=0.0).to(tl.float32)
-    _normalize(x, weight_ptr, bias_ptr, out_ptr + row * width, width, eps, BLOCK)
+    inside = columns < width
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    pdl_wait(PDL)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    mean, scale = statistics(x, width, eps, BLOCK)
+    y = normalize(x, mean, scale, weight, bias, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + columns, y, mask=inside)
 
 
 @triton.jit
 def _add_layer_norm_kernel(
     parts_ptr, bias_ptr, residual_ptr, norm_weight_ptr, norm_bias_ptr, total_ptr, out_ptr,
     width, num_parts, part_stride, row_stride, residual_stride, eps,
-    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl_launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)
+    if BLOCK <= 8192:  # wider ones have no registers for what is used last
+        norm_weight = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+    pdl_wait(PDL)
+    residual = tl.load(residual_ptr + row * residual_stride + columns, mask=inside, other=0.0)
     parts_ptr += row * row_stride + columns
     x = tl.load(parts_ptr, mask=inside, other=0.0).to(tl.float32)
     for first in range(1, num_parts, AT_ONCE):
@@ -88,17 +104,40 @@ def _add_layer_norm_kernel(
     total = round_to(x, total_ptr.dtype.element_ty)
     tl.store(total_ptr + row * width + columns, total, mask=inside)
     total = total.to(tl.float32)
-    _normalize(total, norm_weight_ptr, norm_bias_ptr, out_ptr + row * width, width, eps, BLOCK)
+    mean, scale = statistics(total, width, eps, BLOCK)
+    if BLOCK > 8192:
+        norm_weight = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0)
+        norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0)
+    y = normalize(total, mean, scale, norm_weight, norm_bias, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * width + columns, y, mask=inside)
 
 
 @triton.jit
-def _normalize(x, weight_ptr, bias_ptr, out_ptr, width, eps, BLOCK: tl.constexpr):
-    """Store the LayerNorm of one row; ``x`` is float32 [BLOCK], 0 from ``width`` on."""
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    centered = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
-    variance = tl.sum(centered * centered, axis=0) / width
-    y = centered * tl.rsqrt(variance + eps) * weight + bias
-    tl.store(out_ptr + columns, round_to(y, out_ptr.dtype.element_ty), mask=inside)
+def statistics(x, width, eps, BLOCK: tl.constexpr):
+    """Mean of a row and 1 / its deviation; ``x`` is float32 [BLOCK], 0 from ``width`` on."""
+    mean = row_sum(x, BLOCK) / width
+    centered = tl.where(tl.arange(0, BLOCK) < width, x - mean, 0.0)
+    # Squares as they are: fused with the first additions they would not be the same everywhere.
+    squares = tl.fma(centered, centered, tl.zeros_like(centered))
+    return mean, tl.rsqrt(row_sum(squares, BLOCK) / width + eps)
+
+
+@triton.jit
+def normalize(x, mean, scale, weight, bias, dtype: tl.constexpr):
+    """Elements of the LayerNorm of a row, float32 ``x`` of any shape, rounded to ``dtype``."""
+    y = tl.fma((x - mean) * scale, weight.to(tl.float32), bias.to(tl.float32))
+    return round_to(y, dtype)
+
+
+@triton.jit
+def row_sum(x, BLOCK: tl.constexpr):
+    """The sum of [BLOCK], a power of two, in an order that no layout changes past 256 elements.
+
+    Those are what a warp loads at a time; beyond them, halves are added, two numbers at a time.
+    """
+    SPAN: tl.constexpr = 256 if BLOCK > 256 else BLOCK
+    x = tl.sum(tl.reshape(x, (BLOCK // SPAN, SPAN)), axis=1)
+    for level in tl.static_range(1, 24):
+        if BLOCK // SPAN >> level > 0:
+            x = tl.sum(tl.reshape(x, (2, BLOCK // SPAN >> level)), axis=0)
+    return tl.sum(x, axis=0)

@@ -1,8 +1,13 @@
 """LayerNorm of each head's query and key, their rotation, and the paged cache, in one kernel.
 
-A head is read in three pieces, the two halves of what is rotated and the rest: pairs are (i, i + r/2),
-so a thread finds both of one pair at the same place of its two halves. One program takes some heads of
-one token.
+Pairs are (i, i + r/2): a head is read a second time with the two of each pair exchanged, and what a
+head's statistics make of the one they make of the other. One program takes some heads of one token,
+queries and keys in one tile.
+
+``norm_rotate`` also begins the kernel that attends at once (``fused_attention``), where other threads
+share a head and yet the bits should be the same. So sums are float64, in which the order does not show
+once they are rounded, and where a product meets a sum the code says which is not rounded: that is else
+the compiler's choice.
 
 Legend: T tokens, H heads of this rank, D head width, r rotary width.
 """
@@ -13,8 +18,9 @@ import triton.language as tl
 
 from tprt.kernels.interface import HeadNorms
 from tprt.kernels.triton_ops.numerics import round_to
+from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
-HEADS = 4  # of one program: 64 heads of a single token are 16 programs
+HEADS = 2  # of one program: 64 heads of a single token are 32 programs
 
 
 def qk_norm_rotary_store(
@@ -42,10 +48,7 @@ def qk_norm_rotary_store(
         qkv, weight, bias, cos, sin, kv_cache, slot_mapping, q,
         heads, qkv.stride(0), qkv.stride(1), qkv.stride(2), slot_mapping.stride(0), eps,
         NORM=norms is not None, DIM=dim, HALF=rotary_dim // 2, HEADS=HEADS,
-        BLOCK_DIM=triton.next_power_of_2(dim),
-        BLOCK_HALF=triton.next_power_of_2(rotary_dim // 2),
-        BLOCK_REST=triton.next_power_of_2(max(1, dim - rotary_dim)),
-        num_warps=1,
+        BLOCK_D=triton.next_power_of_2(dim), num_warps=1, **pdl_options(qkv.device),
     )  # fmt: skip
     return q
 
@@ -55,71 +58,107 @@ def _qk_norm_rotary_store_kernel(
     qkv_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, cache_ptr, slots_ptr, q_ptr,
     num_heads, token_stride, head_stride, part_stride, slots_stride, eps,
     NORM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    row = num_heads * DIM  # of the cache, and of the queries
+    pdl_launch_dependents(PDL)
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    norms = load_norms(weight_ptr, bias_ptr, group, num_heads, NORM, DIM, HALF, HEADS, BLOCK_D)
+    pdl_wait(PDL)
     k_slot = tl.load(slots_ptr + token)
     v_slot = tl.load(slots_ptr + slots_stride + token)
-    qkv_ptr += token * token_stride + heads[:, None] * head_stride
+    qkv_ptr += token * token_stride
     angles = token * 2 * HALF
-    _norm_rotate(
-        qkv_ptr, weight_ptr, bias_ptr, cos_ptr + angles, sin_ptr + angles, q_ptr + token * row,
-        heads, num_heads, eps, NORM, DIM, HALF, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
-    # Norms are [H, 2, D]: those of the keys lie D further on.
-    _norm_rotate(
-        qkv_ptr + part_stride, weight_ptr + DIM, bias_ptr + DIM, cos_ptr + angles, sin_ptr + angles,
-        cache_ptr + k_slot * row,
-        heads, num_heads, eps, NORM, DIM, HALF, BLOCK_HALF, BLOCK_REST,
-    )  # fmt: skip
-    dims = tl.arange(0, BLOCK_DIM)[None, :]
-    inside = (heads < num_heads)[:, None] & (dims < DIM)
-    v = tl.load(qkv_ptr + 2 * part_stride + dims, mask=inside)
-    tl.store(cache_ptr + v_slot * row + heads[:, None] * DIM + dims, v, mask=inside)
+    raw = load_queries_and_keys(
+        qkv_ptr, head_stride, part_stride, group, num_heads, DIM, HALF, HEADS, BLOCK_D
+    )
+    heads = group * HEADS + tl.arange(0, HEADS)[:, None]
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    inside = (heads < num_heads) & (dims < DIM)
+    v = tl.load(qkv_ptr + heads * head_stride + 2 * part_stride + dims, mask=inside)
+    qk = norm_rotate(raw, norms, cos_ptr + angles, sin_ptr + angles, eps, NORM, DIM, HALF, BLOCK_D)
+    row = num_heads * DIM  # of the cache, and of the queries
+    tl.store(cache_ptr + v_slot * row + heads * DIM + dims, v, mask=inside)
+    heads, parts = _heads_and_parts(group, HEADS)
+    inside = (heads < num_heads) & (dims < DIM)
+    tl.store(q_ptr + token * row + heads * DIM + dims, qk, mask=inside & (parts == 0))
+    tl.store(cache_ptr + k_slot * row + heads * DIM + dims, qk, mask=inside & (parts == 1))
 
 
 @triton.jit
-def _norm_rotate(
-    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, heads, num_heads, eps,
-    NORM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+def _heads_and_parts(group, HEADS: tl.constexpr):
+    """Of a group's queries (part 0) and keys (part 1), which take turns: [2 * HEADS, 1]."""
+    rows = tl.arange(0, 2 * HEADS)[:, None]
+    return group * HEADS + rows // 2, rows % 2
+
+
+@triton.jit
+def _pairs(HALF: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Dimensions of a head and, of those that turn, the other one of each pair; [1, BLOCK_D]."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    return dims, tl.where(dims < HALF, dims + HALF, dims - HALF)
+
+
+@triton.jit
+def load_norms(
+    weight_ptr, bias_ptr, group, num_heads, NORM: tl.constexpr, DIM: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm and rotation of some heads, from pointers [HEADS, 1] to rows [H, D] at ``out_ptr``."""
-    is_head = (heads < num_heads)[:, None]
-    i, rest = tl.arange(0, BLOCK_HALF)[None, :], tl.arange(0, BLOCK_REST)[None, :]
-    in_half, in_rest = is_head & (i < HALF), is_head & (rest < DIM - 2 * HALF)
-    rest += 2 * HALF
-    x1 = tl.load(x_ptr + i, mask=in_half, other=0.0).to(tl.float32)
-    x2 = tl.load(x_ptr + i + HALF, mask=in_half, other=0.0).to(tl.float32)
-    x3 = tl.load(x_ptr + rest, mask=in_rest, other=0.0).to(tl.float32)
-    if NORM:
-        mean = (tl.sum(x1, axis=1) + tl.sum(x2, axis=1) + tl.sum(x3, axis=1)) / DIM
-        x1 = tl.where(in_half, x1 - mean[:, None], 0.0)
-        x2 = tl.where(in_half, x2 - mean[:, None], 0.0)
-        x3 = tl.where(in_rest, x3 - mean[:, None], 0.0)
-        squares = tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1) + tl.sum(x3 * x3, axis=1)
-        scale = tl.rsqrt(squares / DIM + eps)[:, None]
-        offset = heads[:, None] * (2 * DIM)
-        x1 = _affine(x1 * scale, weight_ptr + offset + i, bias_ptr + offset + i, in_half)
-        x2 = _affine(
-            x2 * scale, weight_ptr + offset + i + HALF, bias_ptr + offset + i + HALF, in_half
-        )
-        x3 = _affine(x3 * scale, weight_ptr + offset + rest, bias_ptr + offset + rest, in_rest)
-    turning = i < HALF
-    cos1 = tl.load(cos_ptr + i, mask=turning)
-    cos2 = tl.load(cos_ptr + i + HALF, mask=turning)
-    sin1 = tl.load(sin_ptr + i, mask=turning)
-    sin2 = tl.load(sin_ptr + i + HALF, mask=turning)
-    out_ptr += heads[:, None] * DIM
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr + i, round_to(x1 * cos1 + x2 * sin1, dtype), mask=in_half)
-    tl.store(out_ptr + i + HALF, round_to(x2 * cos2 + x1 * sin2, dtype), mask=in_half)
-    tl.store(out_ptr + rest, round_to(x3, dtype), mask=in_rest)
+    """Weights and biases of a group's queries and keys, and both with each pair exchanged.
+
+    [2 * HEADS, BLOCK_D] each. They are nobody's output: they may be read before ``pdl_wait``.
+    """
+    if not NORM:
+        return (0.0, 0.0, 0.0, 0.0)
+    dims, others = _pairs(HALF, BLOCK_D)
+    heads, parts = _heads_and_parts(group, HEADS)
+    inside, turning = (heads < num_heads) & (dims < DIM), (heads < num_heads) & (dims < 2 * HALF)
+    row = (heads * 2 + parts) * DIM
+    return (
+        tl.load(weight_ptr + row + dims, mask=inside, other=0.0),
+        tl.load(bias_ptr + row + dims, mask=inside, other=0.0),
+        tl.load(weight_ptr + row + others, mask=turning, other=0.0),
+        tl.load(bias_ptr + row + others, mask=turning, other=0.0),
+    )
 
 
 @triton.jit
-def _affine(x, weight_ptrs, bias_ptrs, mask):
-    weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-    return x * weight + tl.load(bias_ptrs, mask=mask, other=0.0)
+def load_queries_and_keys(
+    qkv_ptr, head_stride, part_stride, group, num_heads, DIM: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A group's of one token: [2 * HEADS, BLOCK_D], and the same with each pair exchanged."""
+    dims, others = _pairs(HALF, BLOCK_D)
+    heads, parts = _heads_and_parts(group, HEADS)
+    inside, turning = (heads < num_heads) & (dims < DIM), (heads < num_heads) & (dims < 2 * HALF)
+    row = qkv_ptr + heads * head_stride + parts * part_stride
+    x = tl.load(row + dims, mask=inside, other=0.0)
+    return x, tl.load(row + others, mask=turning, other=0.0)
+
+
+@triton.jit
+def norm_rotate(
+    raw, norms, cos_ptr, sin_ptr, eps,
+    NORM: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm and rotation of what the loads above gave: [2 * HEADS, BLOCK_D] in its dtype."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    turns = dims < 2 * HALF
+    cos = tl.load(cos_ptr + dims, mask=turns, other=0.0)
+    sin = tl.load(sin_ptr + dims, mask=turns, other=0.0)
+    x, y = raw[0].to(tl.float32), raw[1].to(tl.float32)
+    if NORM:
+        weight, bias, y_weight, y_bias = norms
+        mean = _row_sums(x.to(tl.float64)) / DIM
+        x = tl.where(dims < DIM, x - mean, 0.0)
+        wide = x.to(tl.float64)
+        scale = tl.rsqrt(_row_sums(wide * wide) / DIM + eps)
+        x = tl.fma(x * scale, weight, bias)
+        y = tl.fma((y - mean) * scale, y_weight, y_bias)
+    x = tl.where(turns, tl.fma(x, cos, y * sin), x)
+    return round_to(x, raw[0].dtype)
+
+
+@triton.jit
+def _row_sums(x):
+    """[ROWS, WIDTH] float64 -> [ROWS, 1] float32."""
+    return tl.sum(x, axis=1).to(tl.float32)[:, None]

@@ -4,7 +4,8 @@ The choice is a pure function of the device's table and the sizes, so all ranks 
 same one. A tile serves every number of rows its variant is used for: the order of sums is that of the
 tile, and a row's bits must not depend on the other rows.
 
-Tables lie in the folder ``tiles`` beside this file, ``<device name>.json``; ``tune`` makes one.
+Tables lie in the folder ``tiles`` beside this file, ``<device name>.json``; ``tune`` makes one. Its key
+"sparse_rows", where somebody adds it, says how many rows of x skip neurons in ``sparse_linear``.
 
 Legend: weight [n, k].
 """
@@ -28,6 +29,7 @@ Variant = Literal["fma", "dot"]
 FOLDER = Path(__file__).with_suffix("")
 MAX_ROWS = 16  # the narrow side of a tensor-core product
 MAX_FMA_ROWS = 4  # beyond, multiplying on CUDA cores takes longer than reading the weight
+SPARSE_ROWS = 8  # of 16 rows with a tenth alive each, four neurons in five are alive in some
 MEASURED_ROWS = (1, 2, 4, 8, 16)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -76,10 +78,17 @@ Shape = tuple[int, int, torch.dtype]
 
 
 class Tiles:
-    """The plans of one device; shapes without a measured one get ``default_plan``."""
+    """The plans of one device; shapes without a measured one get ``default_plan``.
 
-    def __init__(self, plans: Mapping[Shape, Plan] | None = None) -> None:
+    Args:
+        sparse_rows: most rows for which skipping neurons is faster than reading all of a matrix.
+    """
+
+    def __init__(
+        self, plans: Mapping[Shape, Plan] | None = None, sparse_rows: int = SPARSE_ROWS
+    ) -> None:
         self._plans = dict(plans or {})
+        self.sparse_rows = sparse_rows
 
     def choose(self, rows: int, n: int, k: int, dtype: torch.dtype) -> Tile | None:
         """The tile for x [rows, k]; None where cuBLAS serves."""
@@ -112,8 +121,12 @@ def parse(text: str, where: str) -> Tiles:
         ConfigError: it is not one; ``where`` says which.
     """
     try:
-        entries = [dict(entry) for entry in json.loads(text)["shapes"]]
-        return Tiles(dict(_parse_entry(**entry) for entry in entries))
+        table = json.loads(text)
+        entries = [dict(entry) for entry in table["shapes"]]
+        sparse_rows = table.get("sparse_rows", SPARSE_ROWS)
+        if not (isinstance(sparse_rows, int) and 0 <= sparse_rows <= MAX_ROWS):
+            raise ValueError(f"sparse_rows is {sparse_rows!r}")
+        return Tiles(dict(_parse_entry(**entry) for entry in entries), sparse_rows)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"not a table of tiles: {type(error).__name__}: {error}",

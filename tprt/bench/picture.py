@@ -1,0 +1,206 @@
+"""Pictures of what was measured: every number comes out of a report's JSON, none is typed in.
+
+python -m tprt.bench.picture docs/bench/FILE.json ... -o docs/bench/decode-zeros.svg
+
+Needs matplotlib (``pip install tprt[plot]``). A picture of the same reports is the same file. Knows
+reports; no engine.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tprt.errors import EXIT_OK, ConfigError, OutputError, TprtError
+
+SUFFIXES = ".svg", ".png"
+COLOURS = {
+    "sparse": "#0b7285",
+    "dense": "#868e96",
+    "transformers": "#e8590c",
+    "limit": "#212529",
+}
+NAMES = {"sparse": "tprt, zeros skipped", "dense": "tprt, everything read"}
+
+
+def check_picture(path: Path) -> None:
+    """Raises ConfigError when ``path`` cannot become a picture here."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(
+            f"{path} is no name of a picture", hint=f"one ending in {' or '.join(SUFFIXES)}"
+        )
+    try:
+        import_module("matplotlib")
+    except ImportError:
+        raise ConfigError(
+            "matplotlib is not installed", hint="pip install 'tprt[plot]', or leave the picture out"
+        ) from None
+
+
+def draw_zeros(reports: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens per second against the share of zeros: a row for each report, a panel for each batch.
+
+    Args:
+        reports: of ``tprt bench decode --zeros``; of each its smallest context is shown.
+
+    Raises:
+        ConfigError: a report is another one, or matplotlib is missing.
+        OutputError: ``path`` cannot be written.
+    """
+    check_picture(path)
+    rows = [_panels(report) for report in reports]
+    figure, axes = _figure(len(rows), max(map(len, rows)))
+    for report, panels, line in zip(reports, rows, axes, strict=True):
+        for axis, cells in zip(line, panels, strict=False):
+            _panel(axis, report, cells)
+        for axis in line[len(panels) :]:
+            axis.set_visible(False)
+    _save(figure, path)
+
+
+def _panels(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """The cells of the smallest context, by batch and there by zeros."""
+    told = report.get("details", {}).get("cells", ())
+    cells = [cell for cell in told if "dense_limit_tokens_per_s" in cell]
+    if report.get("bench") != "decode" or not cells:
+        raise ConfigError(
+            f"a report of {report.get('bench')!r} without zeros cannot be drawn",
+            hint="the JSON line of tprt bench decode --zeros 0.5,0.9",
+        )
+    context = min(cell["context"] for cell in cells)
+    batches = sorted({cell["batch"] for cell in cells})
+    return [
+        sorted(
+            (c for c in cells if (c["batch"], c["context"]) == (batch, context)),
+            key=lambda cell: cell["zeros_measured"],
+        )
+        for batch in batches
+    ]
+
+
+def _panel(axis: Any, report: dict[str, Any], cells: list[dict[str, Any]]) -> None:
+    x = [100 * cell["zeros_measured"] for cell in cells]
+    for name in cells[0]["seconds"]:
+        steps = report["settings"]["steps"] * cells[0]["batch"]
+        rates = [(cell if name == "sparse" else cell[name])["tokens_per_s"] for cell in cells]
+        spread = [
+            [rate - steps / max(cell["seconds"][name]) for rate, cell in zip(rates, cells, strict=True)],
+            [steps / min(cell["seconds"][name]) - rate for rate, cell in zip(rates, cells, strict=True)],
+        ]  # fmt: skip
+        # Rates are rounded: what is then below 0 is 0.
+        bars = [[max(0.0, side) for side in sides] for sides in spread]
+        axis.errorbar(
+            x, rates, yerr=bars, marker="o", markersize=4, capsize=2, linewidth=1.5,
+            color=COLOURS[name], label=NAMES.get(name, name),
+        )  # fmt: skip
+    limits = [cell["dense_limit_tokens_per_s"] for cell in cells]
+    axis.plot(
+        x, limits, linestyle="--", linewidth=1.2, color=COLOURS["limit"],
+        label="limit of reading every matrix once",
+    )  # fmt: skip
+    batch, context = cells[0]["batch"], cells[0]["context"]
+    axis.set_title(
+        f"{report['model']}, {report['dtype']}, {report['device']}\n"
+        f"synthetic zeros, batch {batch}, context {context}",
+        fontsize=9,
+    )
+    axis.set_xlabel("zeros after squared ReLU, %")
+    axis.set_ylabel("tokens per second")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=7, loc="lower left")
+
+
+def draw_sparsity(details: dict[str, Any], model: str, path: Path) -> None:
+    """Zeros by layer, and what of a layer a batch needs beside what independent rows would.
+
+    Raises:
+        ConfigError, OutputError: as ``draw_zeros``.
+    """
+    check_picture(path)
+    figure, ((left, right),) = _figure(1, 2)
+    layers = details["layers"]
+    numbers = [layer["layer"] for layer in layers]
+    for kind, label in (("prompt", "prompts"), ("generated", "generated tokens")):
+        shares = [layer[f"zeros_{kind}"] for layer in layers]
+        if None not in shares:
+            left.plot(numbers, [100 * share for share in shares], marker="o", label=label)
+    left.set_title(f"{model}: zeros after squared ReLU", fontsize=9)
+    left.set_xlabel("layer")
+    left.set_ylabel("%")
+    left.set_ylim(0, 100)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    batches = details["mean"]["batches"]
+    sizes = [batch["batch"] for batch in batches]
+    for key, label, style in (("live", "measured", "-"), ("independent", "if independent", "--")):
+        shares = [100 * batch[key] for batch in batches]
+        right.plot(sizes, shares, style, marker="o", label=label)
+    right.set_title(f"{model}: neurons that fire for any row of a batch", fontsize=9)
+    right.set_xlabel("rows of the batch")
+    right.set_ylabel("% of all, mean over layers")
+    right.set_ylim(0, 100)
+    right.set_xticks(sizes)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure without a window, and its axes [rows][columns]."""
+    import_module("matplotlib").rcParams["svg.hashsalt"] = "tprt"  # ids of the file, by chance else
+    figure = import_module("matplotlib.figure").Figure(
+        figsize=(4.6 * columns, 3.8 * rows), layout="constrained"
+    )
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: {error.strerror}", hint="another name for the picture"
+        ) from None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """The last line of a file that is a JSON object, as ``tprt bench`` prints it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        text = path.read_text("utf-8")
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = json.loads(text.strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(f"{path}: {error}", hint="a file with what tprt bench printed") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no report", hint="a file with what tprt bench printed")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tprt.bench.picture", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("reports", type=Path, nargs="+", metavar="FILE.json")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.svg")
+    args = parser.parse_args(arguments)
+    try:
+        draw_zeros([read_report(path) for path in args.reports], args.output)
+    except TprtError as error:
+        print(f"tprt.bench.picture: error: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
