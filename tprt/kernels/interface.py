@@ -168,7 +168,7 @@ class Kernels(Protocol):
         ...
 
     def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
-        """x W, [T, in_features] -> [T, out_features]; few rows x read no row of W that meets zeros alone.
+        """x W, [T, in_features] -> [T, out_features]; few rows read no row of W that meets only zeros.
 
         An element that is 0 contributes nothing, whatever W holds there, and every other one, NaN too,
         does what it does in a dense product. How many rows of x are few is ``sparse_rows``, so which
