@@ -36,8 +36,8 @@ PERSIMMON_100M = PersimmonConfig(
     max_position_embeddings=2048,
 )
 # A step reads 12 L h^2 + V h numbers, and 4 L h^2 x zeros fewer where it skips them. With L = 7 and
-# V = 8 h that is 92 to 92 - 28 x zeros: 1.38 at 90% zeros. Persimmon-8B: 1.35, trimmed too 1.42. Few wide
-# layers, since in its wide ones the time is in the matrices as well.
+# V = 8 h that is 92 to 92 - 28 x zeros: 1.38 at 90% zeros. Persimmon-8B: 1.35, trimmed too 1.42. Few
+# wide layers, since in those of the 8B, too, the time is in the matrices.
 PERSIMMON_400M = PersimmonConfig(
     vocab_size=16384,
     hidden_size=2048,
