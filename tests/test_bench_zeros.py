@@ -88,7 +88,7 @@ def test_the_peer_has_the_same_zeros(trim):
 def test_bytes_are_those_of_the_closed_form():
     full, small = (step_bytes(config, BF16, 1) for config in (PERSIMMON_8B, PERSIMMON_400M))
     ratios = [each.of(1, 0) / each.of(1, 0, live=0.1) for each in (full, small)]
-    assert [round(ratio, 2) for ratio in ratios] == [1.35, 1.37]
+    assert [round(ratio, 2) for ratio in ratios] == [1.35, 1.38]
     vocabulary = trimmed(PERSIMMON_8B)
     assert vocabulary.removed == ((3, 70002),)
     less = step_bytes(PERSIMMON_8B, BF16, 1, vocabulary)
@@ -357,6 +357,7 @@ def test_ncu_is_read():
         (NCU, False, False),
         (NCU.replace("1,100,000", "1,300,000"), True, False),
         ("==ERROR== ERR_NVGPUCTRPERM\n", False, True),
+        ("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n", False, True),
     ],
 )
 def test_bytes_are_compared_with_the_closed_form(text, failed, skipped, monkeypatch):
