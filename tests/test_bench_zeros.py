@@ -29,6 +29,7 @@ from tprt.bench.synthetic import (
     run_requests,
     set_zeros,
     trimmed,
+    zeros_bias,
 )
 from tprt.bench.transformers_peer import TransformersPeer
 from tprt.cli import main
@@ -55,6 +56,7 @@ def run(capsys, *arguments):
 def test_as_many_neurons_are_zero_as_were_asked_for():
     config = replace(TOY, vocab_size=1024, hidden_size=256, intermediate_size=1024, head_dim=64)
     engine = random_engine(config, TPGroup(), FLOAT32, zeros=0.7)
+    assert zeros_bias(config, 1e-20) > 0.3 > -0.3 > zeros_bias(config, 1 - 2**-53)
     for share in (0.7, 0.5, 0.99, 0.9):  # in place, one model for all
         set_zeros(engine.runner.model, share)
         found = LiveShares()
@@ -217,7 +219,9 @@ def test_intervals_are_those_of_the_sign_test(pairs, low, high, confidence):
         (["decode", "--plot", "x.svg"], "--plot with decode"),
         (["sparsity", "--model", "persimmon-8b"], "random weights"),
         (["sparsity", "--plot", "x.jpg"], ".svg or .png"),
-        (["sparsity", "--input", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["sparsity", "--input", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["decode", "--input", "in.jsonl"], "--input with decode"),
+        (["sparsity", "--set", "model.trim_vocab=[[3, 69]]"], "69 (|ENDOFTEXT|)"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, said, capsys):
@@ -247,6 +251,19 @@ def test_zeros_of_the_tiny_checkpoint_are_those_of_its_card(capsys, tmp_path):
     assert "generated tokens" in path.read_text()
 
 
+def test_prompts_of_ones_own_even_of_a_single_token(capsys, tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "lamp"}\n')
+    flags = ["--dtype", "float32", "--device", "cpu", "--steps", "1", "--input", str(path)]
+    found = run(capsys, "sparsity", *flags, "--set", "model.bos_policy=bos")["details"]
+    assert (found["prompts"], found["prompt_tokens"], found["generated_tokens"]) == (1, 2, 0)
+    found = run(capsys, "sparsity", *flags, "--plot", str(tmp_path / "zeros.png"))["details"]
+    assert (found["prompt_tokens"], found["generated_tokens"]) == (1, 0)
+    assert 0.5 < found["mean"]["zeros_prompt"] < 1 and found["mean"]["zeros_generated"] is None
+    monkeypatch.setattr("tprt.bench.sparsity.LLM", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "sparsity", *flags, "--plot", str(tmp_path / "no" / "x.svg")]) == 5
+
+
 def test_unions_and_imbalance_are_counted():
     layer = _Layer()
     fires = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]]).bool().numpy()
@@ -270,6 +287,8 @@ def test_lines_that_are_no_prompts_are_named(line, tmp_path):
         read_prompts(path)
     path.write_text('{"prompt": "a", "id": 1}\n')
     assert read_prompts(path) == [{"prompt": "a"}]
+    path.write_text(json.dumps({"prompt": "a\u2028b\u0085c"}, ensure_ascii=False), "utf-8")
+    assert read_prompts(path) == [{"prompt": "a\u2028b\u0085c"}]
     path.write_text("\n")
     with pytest.raises(ConfigError, match="no prompt"):
         read_prompts(path)
@@ -318,6 +337,8 @@ def test_other_reports_and_missing_packages_are_told(tmp_path, monkeypatch, caps
     other.write_text('{"bench": "latency", "details": {}}')
     assert picture.main([str(other), "-o", str(tmp_path / "x.svg")]) == 2
     assert "decode --zeros" in capsys.readouterr().err
+    other.write_text('{"bench": "decode", "details": null}')
+    assert picture.main([str(other), "-o", str(tmp_path / "x.svg")]) == 2
     (tmp_path / "empty.json").write_text("")
     assert picture.main([str(tmp_path / "empty.json"), "-o", "x.svg"]) == 2
     other.write_text(json.dumps(report()))

@@ -7,6 +7,7 @@ tokens as find a mistake in putting them together; on a GPU it runs at length.
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,10 +21,12 @@ from tprt import LLM, SamplingParams
 from tprt.bench.synthetic import greedy, random_engine
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.vocabulary import Vocabulary
+from tprt.engine.step_record import bucket_of
 
 LENGTHS, STEPS = (1, 7, 60, 300), 32
 SMALL_LENGTHS, SMALL_STEPS = (1, 7), 2
-GPU_SETTINGS = [{}, {"enforce_eager": True}, {"kernels": "reference"}]
+GPU_SETTINGS = [{}, {"enforce_eager": True}, {"kernels": "reference"}, {"fuse_kernels": False}]
 # Of the norm of all logits: float32 sums in another order; bfloat16 activations over three layers.
 FLOAT32_ERROR, BFLOAT16_ERROR = 1e-5, 3e-2
 BYTES = PersimmonConfig(
@@ -35,6 +38,9 @@ BYTES = PersimmonConfig(
     head_dim=64,
     max_position_embeddings=512,
 )
+INTERPRETED = replace(
+    BYTES, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16
+)  # of the same kernels, in seconds
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 pytest.importorskip("triton")
@@ -172,11 +178,11 @@ def long_requests(count, max_tokens):
     return made
 
 
-def mixed_engine(device, **settings):
-    config = EngineConfig(
-        dtype="float32", block_size=16, max_num_seqs=6, kv_cache_memory=2**25, seed=5, **settings
-    )
-    engine = random_engine(BYTES, TPGroup(device=torch.device(device)), config)
+def mixed_engine(device, config=BYTES, vocabulary=None, **settings):
+    sizes = {"block_size": 16, "max_num_seqs": 6, "kv_cache_memory": 2**25}
+    options = EngineConfig(**{"dtype": "float32", "seed": 5, **sizes, **settings})
+    tp = TPGroup(device=torch.device(device))
+    engine = random_engine(config, tp, options, vocabulary=vocabulary)
     engine.tokenizer = ByteTokenizer()
     return engine
 
@@ -218,6 +224,112 @@ def test_steps_in_graphs_allocate_nothing():
     assert max(held[100:]) <= max(held[20:100]), "memory grows with steps"
     engine.abort_all()
     engine.close()
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+def triton_engine(device, vocabulary=None, **settings):
+    config = INTERPRETED if device == "cpu" else BYTES
+    return mixed_engine(device, config, vocabulary, kernels="triton", **settings)
+
+
+def check_bodies_agree(device, dtype, batches, steps):
+    """Tokens and log-probabilities, bit for bit: kernels fused and apart, zeros skipped and read.
+
+    Args:
+        batches: lengths of prompts that decode together; more rows are summed in other orders.
+    """
+    found = []
+    for settings in ({}, {"fuse_kernels": False}, {"sparse_rows": 0}):
+        engine, drawn = triton_engine(device, dtype=dtype, **settings), []
+        for lengths in batches:
+            requests = [
+                request([(31 * i + j) % 256 for j in range(length)], max_tokens=steps, seed=i,
+                        ignore_eos=True, temperature=float(i % 2), logprobs=3)
+                for i, length in enumerate(lengths)
+            ]  # fmt: skip
+            drawn += [output.outputs[0] for output in run_engine(engine, requests)]
+        engine.close()
+        assert all(len(completion.token_ids) == steps for completion in drawn)
+        found.append([
+            [[(token, entry.logprob) for token, entry in top.items()] for top in completion.logprobs]
+            for completion in drawn
+        ])  # fmt: skip
+    assert found[0] == found[1] == found[2]
+
+
+def test_bodies_agree_interpreted():
+    check_bodies_agree("cpu", "bfloat16", [(1, 9)], 2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bodies_agree_on_a_gpu(dtype):
+    check_bodies_agree("cuda", dtype, [(300,), (1, 140, 300), (5, 1, 129, 200, 300, 2)], 100)
+
+
+def check_replays(device, lengths, count):
+    """One decode step again and again: what it counts and leaves behind serves the next one."""
+    engine = triton_engine(device, dtype="bfloat16", look_ahead=0)
+    for i, length in enumerate(lengths):
+        engine.add(greedy([(31 * i + j) % 256 for j in range(length)], 9))
+    while engine.scheduler.num_steps < 2 or engine.scheduler.waiting:
+        engine.step()
+    runner, bucket, expected = engine.runner, bucket_of(len(lengths)), None
+    assert runner.buffers.rows(bucket)[1, : len(lengths)].tolist() == list(lengths), "positions"
+    with torch.inference_mode(), runner._on_device():
+        for _ in range(count):
+            runner.graphs.run(bucket, True)
+            found = runner.buffers.logits[: len(lengths)]
+            expected = found.clone() if expected is None else expected
+            assert torch.equal(found, expected)
+    assert expected.isfinite().all() and expected.std() > 0
+    engine.abort_all()
+    engine.close()
+
+
+def test_replays_interpreted():
+    check_replays("cpu", (5, 1), 2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("lengths", [(300,), (300, 5, 129, 1, 200)], ids=len)
+def test_a_thousand_replays_of_a_step(lengths):
+    check_replays("cuda", lengths, 1000)
+
+
+def check_trimmed(device, steps, **settings):
+    """A vocabulary without some rows draws what a whole one does that must not draw them."""
+    trimmed, every = Vocabulary(BYTES.vocab_size, ((100, 139), (200, 219))), range(BYTES.vocab_size)
+    kept = sorted(set(every) - set(trimmed.removed_of(every)))
+    found = []
+    for vocabulary, options in (
+        (trimmed, {}), (None, {"allowed_token_ids": kept}), (None, {}),
+    ):  # fmt: skip
+        engine = triton_engine(device, vocabulary, **settings)
+        requests = [
+            request([i, 7 * i, 90], max_tokens=steps, ignore_eos=True, temperature=2.0 * (i % 2),
+                    seed=i, **options)
+            for i in range(5)
+        ]  # fmt: skip
+        found.append(tokens(run_engine(engine, requests)))
+        engine.close()
+    assert found[0] == found[1]
+    assert found[2] != found[1], "the removed ids must matter here"
+
+
+def test_trimmed_vocabulary_interpreted():
+    check_trimmed("cpu", 2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("settings", GPU_SETTINGS[:2], ids=str)
+def test_trimmed_vocabulary_on_a_gpu(settings):
+    check_trimmed("cuda", 40, **settings)
 
 
 # ---------------------------------------------------------------- the shipped checkpoint

@@ -35,6 +35,16 @@ def test_parts_of_the_plan_follow_from_shapes():
     assert plan.runtime.state - eager.runtime.state > 64 * 262_144 * 4
     cpu = plan_memory(PERSIMMON_8B, engine, 1, "cpu")
     assert cpu.runtime.graphs == cpu.runtime.libraries == cpu.runtime.context == 0
+    for dtype, copies in (("bfloat16", 1), ("float16", 0), ("float32", 0)):
+        down = copies * 36 * 4096 * 16384 * 2
+        either = replace(engine, dtype=dtype)
+        assert plan_memory(PERSIMMON_8B, either, 2, "cpu").runtime.copies == down // 2
+        assert plan_memory(PERSIMMON_8B, either, 2, "cuda").runtime.copies == 0
+    never = plan_memory(PERSIMMON_8B, replace(engine, sparse_rows=0), 1, "cpu")
+    assert cpu.fixed - never.fixed == 36 * 4096 * 16384 * 2
+    few = replace(engine, max_num_batched_tokens=256, max_num_seqs=1)
+    room = plan_memory(PERSIMMON_8B, few, 1, "cpu").needed(few) - GIB
+    assert "engine.sparse_rows=0" in largest_that_fits(PERSIMMON_8B, few, 1, "cpu", room)
     longer = plan_memory(PERSIMMON_8B, replace(engine, max_num_batched_tokens=8192), 1, "cuda")
     # Attention decides while one sequence of 16,384 tokens is gathered beside it.
     assert longer.runtime.workspace - plan.runtime.workspace == 6144 * 10 * 4096 * 2
@@ -59,7 +69,9 @@ def test_the_advice_really_fits_and_is_the_largest(room, seqs, tokens, kv, tp, d
     if fits():
         return
     advice = largest_that_fits(PERSIMMON_8B, engine, tp, device, room)
-    if setting := re.match(r"engine\.(\w+)=(\d+)", advice):
+    if advice.startswith("engine.sparse_rows=0"):
+        assert fits(sparse_rows=0) and device == "cpu"
+    elif setting := re.match(r"engine\.(\w+)=(\d+)", advice):
         name, value = setting[1], int(setting[2])
         assert fits(**{name: value}), advice
         step = plan_memory(PERSIMMON_8B, engine, tp, device).block if name.startswith("kv") else 1

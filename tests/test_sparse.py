@@ -55,7 +55,7 @@ def test_skipping_is_the_dense_product(dtype, rows, neurons, out, live):
         torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=8 * rounding)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_meet_zeros_alone_are_not_read(dtype):
     x, weight = activations(4, 200, 0.1, dtype), matrix(200, 24, dtype)
     x[1] = 0
@@ -70,6 +70,14 @@ def test_rows_that_meet_zeros_alone_are_not_read(dtype):
     torch.testing.assert_close(found[2], 3 * weight[17])
     dense = NEVER.sparse_linear(x, SparseWeight(poisoned, None))
     assert dense.isnan().all(), "the dense product reads them, or this test shows nothing"
+
+
+def test_no_sum_leaves_the_range_of_float16():
+    x = torch.zeros(1, 64, dtype=torch.float16)
+    x[0, [0, 63]] = 60000
+    weight = torch.full((64, 2), 2, dtype=torch.float16)
+    weight[63] = -2
+    assert not ALWAYS.sparse_linear(x, ALWAYS.pack_sparse(weight)).any(), "neither inf nor NaN"
 
 
 @pytest.mark.parametrize("value", [NAN, float("inf")])
@@ -113,7 +121,34 @@ def test_how_many_rows_skip_follows_from_their_number(monkeypatch):
             x = activations(rows, 30, 0.5, torch.bfloat16)
             cpu.CPUKernels().sparse_linear(x, packed)
         assert seen == list(range(1, cpu.SPARSE_ROWS_PACKED + 1))
-    assert NEVER.pack_sparse(weight.bfloat16()).dense is None, "never skipping needs no second copy"
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_products_of_16_bits_never_read_by_rows(dtype, packs, monkeypatch):
+    """Guards against prompts that take a hundred times as long where oneDNN does not pack."""
+    if not packs:
+        monkeypatch.setattr(cpu, "can_pack", lambda _: False)
+    x, weight = activations(20, 30, 0.5, dtype), matrix(30, 8, dtype)
+    expected = x.double() @ weight.double()
+    for kernels in (cpu.CPUKernels(), NEVER):
+        packed = kernels.pack_sparse(weight)
+        assert (packed.dense is None) == (dtype == torch.float32)
+        copies = dtype == torch.float16 or (packed.dense is not None and kernels is NEVER)
+        assert len(packed.rows) == (0 if copies else 30), "never skipping needs no second copy"
+        if packed.dense is not None:
+            packed = packed._replace(rows=torch.full_like(packed.rows, NAN))
+        found = kernels.sparse_linear(x, packed).double()
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-5)
+    if packed.dense is not None and not packed.dense.is_mkldnn:
+        assert packed.dense.is_contiguous()
+    layer = RowParallelLinear(30, 8, TPGroup(), dtype, sparse_input=True)
+    layer.kernels, bytes_before = NEVER, layer.weight.nbytes
+    layer.weight.copy_(weight)
+    layer.finish_loading()
+    assert sum(p.nbytes for p in layer.parameters()) - layer.bias.nbytes == (
+        bytes_before if dtype == torch.float32 else 0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -148,6 +148,9 @@ def test_reserved_block_is_what_the_file_proves_unused(tokenizer, control, folde
     assert "model.trim_vocab=[[3, 11]]" in str(caught.value)
     suspicious.check_removable([(3, 11)])  # for who knows better
     proto = path.read_bytes()
+    path.write_bytes(train(control_symbols=[f"<preserved_{i}>" for i in range(9)]))
+    with pytest.raises(ConfigError, match="nothing in this tokenizer says"):
+        Tokenizer(path).reserved_block()
     path.write_bytes(sentencepiece_model.retype(proto, dict.fromkeys(range(5, 8), 5)))
     assert Tokenizer(path).reserved_block() == (5, 7), "of type UNUSED, whatever the name"
 

@@ -86,10 +86,11 @@ def qk_norm_rotary_store() -> None:
         vectors = t(NUM_HEADS, 2, dim, dtype=F32)
         angles = t(2, 1, 1, rotary_dim, dtype=F32)
         cache = t(BLOCKS, 2, BLOCK_SIZE, NUM_HEADS, dim)
-        rotary.qk_norm_rotary_store(
-            t(2, NUM_HEADS, 3, dim), HeadNorms(vectors, vectors, 1e-5), angles, angles, cache,
-            t(2, 2, dtype=I64),
-        )  # fmt: skip
+        norms = HeadNorms(vectors, vectors, 1e-5)
+        for each in (norms, None) if dim == HEAD_DIM else (norms,):
+            rotary.qk_norm_rotary_store(
+                t(2, NUM_HEADS, 3, dim), each, angles, angles, cache, t(2, 2, dtype=I64)
+            )
 
 
 def product(n: int, k: int, rows: int, dtype: torch.dtype = BF16) -> None:
@@ -217,7 +218,7 @@ def decode_attention() -> None:
 def fused_attention() -> None:
     from tprt.kernels import HeadNorms
 
-    for dim, dtype in ((HEAD_DIM, BF16), (HEAD_DIM, F32), (128, F16)):
+    for dim, dtype in ((HEAD_DIM, BF16), (HEAD_DIM, F32), (128, F16), (128, F32)):
         planner, _ = attention(dim, dtype)
         cache = t(BLOCKS, 2, BLOCK_SIZE, NUM_HEADS, dim, dtype=dtype)
         vectors, angles = t(NUM_HEADS, 2, dim, dtype=F32), t(2, 1, 1, dim // 2, dtype=F32)
@@ -226,6 +227,7 @@ def fused_attention() -> None:
         for blocks in (BLOCKS, 1) if dtype == BF16 else (BLOCKS,):
             plan = planner.plan_decode(t(2, blocks, dtype=I64), t(2, dtype=I64))
             plan.fused(qkv, norms, angles, angles, cache, slots, 0.125)
+    plan.fused(qkv, None, angles, angles, cache, slots, 0.125)
 
 
 @call

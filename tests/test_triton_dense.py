@@ -15,7 +15,7 @@ from tprt.errors import ConfigError
 from tprt.kernels import HeadNorms, Norm, SparseWeight, kernels_for, use_kernels
 from tprt.kernels.interface import PendingNorm
 from tprt.kernels.reference import FP16_MAX, ReferenceKernels
-from tprt.kernels.triton_ops import TritonKernels, linear, norm, rotary, tiles
+from tprt.kernels.triton_ops import TritonKernels, linear, norm, pdl, rotary, tiles
 from tprt.kernels.triton_ops.tiles import Plan, Tile, Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -543,3 +543,21 @@ def test_the_table_of_a_device_is_found_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "NVIDIA_H200.json").write_text("{")
     with pytest.raises(ConfigError, match="table of tiles"):
         tiles.load(device, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "variable", "expected"),
+    [
+        ("cuda", (9, 0), None, True),
+        ("cuda", (9, 0), "0", False),
+        ("cuda", (8, 9), None, False),
+        ("cpu", None, None, False),
+    ],
+)
+def test_dependent_launches_begin_with_hopper(device, capability, variable, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.delenv("TPRT_PDL", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TPRT_PDL", variable)
+    options = pdl.pdl_options.__wrapped__(torch.device(device))
+    assert options == ({"PDL": True, "launch_pdl": True} if expected else {"PDL": False})

@@ -109,6 +109,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="of startup: leave it there")
     parser.add_argument(
         "--input",
+        dest="prompts",  # or it would be the job's input
         type=Path,
         metavar="FILE.jsonl",
         help="of sparsity: prompts, as for tprt generate",
@@ -174,9 +175,9 @@ def _check_zeros(args: argparse.Namespace, ranks: int) -> None:
     for flag in ("zeros", "context"):
         if args.bench == "bytes" and len(getattr(args, flag) or ()) > 1:
             raise ConfigError(f"bytes with several of --{flag}", hint="one at a time")
-    for flag in ("input", "plot"):
-        if getattr(args, flag) is not None and args.bench != "sparsity":
-            raise ConfigError(f"--{flag} with {args.bench}", hint="it goes with sparsity")
+    for flag, path in (("--input", args.prompts), ("--plot", args.plot)):
+        if path is not None and args.bench != "sparsity":
+            raise ConfigError(f"{flag} with {args.bench}", hint="it goes with sparsity")
 
 
 def named_config(name: str) -> PersimmonConfig | None:
@@ -232,6 +233,7 @@ def run_bench(
     model: tuple[PersimmonConfig, str] | None,
     device: str | None,
     say: Say,
+    options: dict[str, Any] | None = None,
 ) -> "Report | None":
     """Measure; None on ranks above 0.
 
@@ -239,6 +241,7 @@ def run_bench(
         args: of ``add_flags``, checked.
         model: config and name; None takes the measurement's own.
         device: None is this rank's GPU, else the CPU.
+        options: of ``LLM`` beside the engine's, where a checkpoint is measured.
     """
     if args.bench == "scheduler":
         from tprt.bench.scheduler import scheduler
@@ -248,8 +251,8 @@ def run_bench(
         from tprt.bench.sparsity import SparsitySizes, sparsity
 
         sizes = SparsitySizes() if args.steps is None else SparsitySizes(new_tokens=args.steps)
-        files = {"input_file": args.input, "plot": args.plot}
-        return sparsity(engine, model and model[1], device, **files, sizes=sizes, say=say)
+        how = {"input_file": args.prompts, "plot": args.plot, "options": options or {}}
+        return sparsity(engine, model and model[1], device, **how, sizes=sizes, say=say)
     if args.bench == "bytes":
         return _bytes(args, engine, model, device, say)
 

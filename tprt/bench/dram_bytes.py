@@ -25,7 +25,8 @@ from tprt.errors import TprtError
 CONTEXT = 512
 METRIC = "dram__bytes_read.sum"
 MOST_OFF = 0.05  # of the closed form
-NO_COUNTERS = "ERR_NVGPUCTRPERM"
+# Of machines where nothing can be counted: without the right to, or without the driver's part of it.
+NO_COUNTERS = "ERR_NVGPUCTRPERM", "Failed to initialize the profiler"
 PLACES = "/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu"
 # Caches and clocks as a step finds them; kernels of the range between start and stop alone.
 FLAGS = (
@@ -61,8 +62,9 @@ def dram_bytes(
     if ncu is None:
         missing = "Nsight Compute (ncu) is not there" if on_gpu else "a CPU does not count them"
     ended = _run([ncu, *FLAGS, *command] if ncu else command)
-    if ncu and NO_COUNTERS in ended.stdout + ended.stderr:
-        missing = f"ncu may not read the GPU's counters here ({NO_COUNTERS})"
+    said = ended.stdout + ended.stderr
+    if ncu and (why := next((text for text in NO_COUNTERS if text in said), None)):
+        missing = f"ncu cannot read the GPU's counters here ({why})"
         ended = _run(command)
     lines = [line for line in ended.stdout.splitlines() if line.startswith('{"bytes"')]
     if ended.returncode != 0 or not lines:

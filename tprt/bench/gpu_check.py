@@ -160,7 +160,7 @@ def _bench(step: str, arguments: str, cpu: bool, ranks: int, folder: Path) -> St
 def _tests(cpu: bool, ranks: int) -> Stage:
     """Tests that a GPU alone can run, and on one the test files of Triton kernels, compiled.
 
-    Tests marked gpu 120 s; some 150 variants of kernels, compiled in 4 processes, 80 s.
+    Tests marked gpu 240 s; some 650 variants of kernels, compiled in 4 processes, 120 s.
     """
     if cpu:
         steps = [_pytest("tests", cpu, "test_gpu.py")]

@@ -27,7 +27,14 @@ NAMES = {"sparse": "tprt, zeros skipped", "dense": "tprt, everything read"}
 
 
 def check_picture(path: Path) -> None:
-    """Raises ConfigError when ``path`` cannot become a picture here."""
+    """Before anything is measured for it: whether ``path`` can become a picture here.
+
+    Raises:
+        ConfigError: its name is none of a picture, or matplotlib is missing.
+        OutputError: there is no such folder.
+    """
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}", hint="a folder that exists")
     if path.suffix not in SUFFIXES:
         raise ConfigError(
             f"{path} is no name of a picture", hint=f"one ending in {' or '.join(SUFFIXES)}"
@@ -63,8 +70,9 @@ def draw_zeros(reports: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _panels(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The cells of the smallest context, by batch and there by zeros."""
-    told = report.get("details", {}).get("cells", ())
-    cells = [cell for cell in told if "dense_limit_tokens_per_s" in cell]
+    details = report.get("details")
+    told = details.get("cells", ()) if isinstance(details, dict) else ()
+    cells = [c for c in told if isinstance(c, dict) and "dense_limit_tokens_per_s" in c]
     if report.get("bench") != "decode" or not cells:
         raise ConfigError(
             f"a report of {report.get('bench')!r} without zeros cannot be drawn",
@@ -178,9 +186,10 @@ def read_report(path: Path) -> dict[str, Any]:
         try:
             found = json.loads(text)
         except ValueError:
-            found = json.loads(text.strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{path}: {error}", hint="a file with what tprt bench printed") from None
+            found = json.loads(text.strip().rpartition("\n")[2])
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {why}", hint="a file with what tprt bench printed") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no report", hint="a file with what tprt bench printed")
     return found

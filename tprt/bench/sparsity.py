@@ -54,21 +54,25 @@ def sparsity(
     *,
     input_file: Path | None,
     plot: Path | None,
+    options: dict[str, Any],
     sizes: SparsitySizes,
     say: Say,
 ) -> Report:
     """A line for each layer, and one for their mean.
 
+    Args:
+        options: of ``LLM`` beside the engine's: how to read the checkpoint and its prompts.
+
     Raises:
         ConfigError: there is no checkpoint or no prompt, or matplotlib is missing for ``plot``.
+        OutputError: ``plot`` cannot be written.
     """
     if plot is not None:
         from tprt.bench.picture import check_picture
 
         check_picture(plot)
     path, prompts = _checkpoint(model), read_prompts(_prompts(input_file))
-    options = asdict(engine_config)
-    with LLM(path, device=device, dtype=options.pop("dtype"), **options) as llm:
+    with LLM(path, device=device, **options, **asdict(engine_config)) as llm:
         greedy = SamplingParams(temperature=0.0, max_tokens=sizes.new_tokens)
         outputs = llm.generate(prompts, greedy)
         counts = [_Layer() for _ in range(llm.config.num_hidden_layers)]
@@ -127,9 +131,10 @@ def read_prompts(path: Path) -> list[Any]:
         ConfigError: the file cannot be read, holds no prompt, or a line is none.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8").split("\n")  # texts may hold what else ends a line
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}", hint="--input FILE.jsonl") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {why}", hint="--input FILE.jsonl") from None
     found = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -158,7 +163,11 @@ def _fires(llm: LLM, ids: list[int]) -> list[Bools]:
         found[layer].append((activations != 0).cpu().numpy())
 
     with watched(llm._engine.runner.model, see):
-        llm.score([ids])  # which wants every row of the last layer too
+        # Either wants every row of the last layer too; a single id has nothing to score.
+        if len(ids) > 1:
+            llm.score([ids])
+        else:
+            llm.logits(ids)
     whole = [np.concatenate(chunks) for chunks in found]
     assert all(len(rows) == len(ids) for rows in whole)
     return whole

@@ -118,7 +118,7 @@ def zeros_bias(config: PersimmonConfig, zeros: float) -> float:
     """
     # Squares of the LayerNorm's output: its weights are 1 +- STD, its biases 0 +- STD.
     squares = config.hidden_size * (1 + 2 * STD**2)
-    return NormalDist().inv_cdf(1 - zeros) * STD * math.sqrt(squares)
+    return -NormalDist().inv_cdf(zeros) * STD * math.sqrt(squares)
 
 
 def set_zeros(model: PersimmonForCausalLM, zeros: float) -> None:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from tprt.bench.command import BENCHES, add_flags, check_flags, named_config, run_bench
-from tprt.cli.common import add_model_flags, add_settings_flags, settings_from
+from tprt.cli.common import add_model_flags, add_settings_flags, llm_options, settings_from
 from tprt.errors import EXIT_OK
 
 
@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
         model = named_config(path) or read_config(path), path
     device = None if settings.model.device == "auto" else settings.model.device
-    report = run_bench(args, settings.engine_config(), model, device, say)
+    options = llm_options(settings.model)
+    if options["trim_vocab"] != "off" and args.bench != "sparsity":
+        say("model.trim_vocab is left aside, as weights are random; decode and bytes take --trim")
+    report = run_bench(args, settings.engine_config(), model, device, say, options)
     if report is not None:
         print(report.to_json(args.arguments), flush=True)
     return EXIT_OK

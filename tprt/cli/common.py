@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from tprt.cli.settings import ENV_PREFIX, Settings, load_settings
+from tprt.cli.settings import ENV_PREFIX, ModelSettings, Settings, load_settings
 from tprt.cli.strict_yaml import read_yaml_file
 from tprt.errors import ConfigError
 
@@ -126,11 +126,13 @@ def make_llm(settings: Settings) -> "LLM":
     model = settings.model
     return LLM(
         model.path,
-        tokenizer=model.tokenizer,
-        rotary_precision=model.rotary_precision,
-        verify=model.verify,
-        bos_policy=model.bos_policy,
-        trim_vocab=model.trim_vocab,
         device=None if model.device == "auto" else model.device,
+        **llm_options(model),
         **vars(settings.engine_config()),
     )
+
+
+def llm_options(model: ModelSettings) -> dict[str, Any]:
+    """What ``LLM`` is told of a checkpoint beside its path."""
+    names = ("tokenizer", "rotary_precision", "verify", "bos_policy", "trim_vocab")
+    return {name: getattr(model, name) for name in names}

@@ -42,6 +42,11 @@ class Vocabulary:
         object.__setattr__(self, "removed", ordered)
         previous = -1
         for first, last in ordered:
+            if first > last:
+                raise ConfigError(
+                    f"model.trim_vocab names ids {first} to {last}, which are none",
+                    hint=f"the smaller one first: [{last}, {first}]",
+                )
             if not 0 <= first <= last < self.size:
                 raise ConfigError(
                     f"model.trim_vocab names ids {first} to {last}; the vocabulary has 0 to "
@@ -108,12 +113,10 @@ class Vocabulary:
     @cached_property
     def columns(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """int64 [size]: the column of each id on a single rank, -1 where it has none."""
-        found = np.arange(self.size)
+        kept = np.ones(self.size, dtype=np.int64)
         for first, last in self.removed:
-            found[last + 1 :] -= last - first + 1
-        for first, last in self.removed:
-            found[first : last + 1] = -1
-        return found
+            kept[first : last + 1] = 0
+        return np.where(kept, kept.cumsum() - 1, -1)
 
     def column_table(self, device: torch.device) -> torch.Tensor | None:
         """``columns`` on the device; None where nothing is removed and ids are columns themselves."""

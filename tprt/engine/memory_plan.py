@@ -112,7 +112,7 @@ def plan_runtime(
 
 
 def _copies(config: PersimmonConfig, tp_size: int, engine: EngineConfig) -> int:
-    """Down projections, once by neuron and once packed for products of many rows."""
+    """Of down projections, which lie by neuron, for products of many rows."""
     if engine.kernels != "auto" or engine.sparse_rows == 0 or engine.dtype != "bfloat16":
         return 0
     return 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size // tp_size

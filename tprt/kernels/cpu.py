@@ -93,10 +93,16 @@ class CPUKernels(ReferenceKernels):
         return total, self.layer_norm(total, norm)
 
     def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
-        """With a packed copy where oneDNN has a layout: many rows at once are then twice as fast."""
-        if self.sparse_rows == 0 or not can_pack(rows):
+        """With a copy for dense products in 16 bits: they take twice as long of what lies by rows, and,
+        where oneDNN has no layout of its own, up to a hundred times.
+
+        Where nothing is ever skipped, as in float16, the copy is all that is kept.
+        """
+        if rows.itemsize != 2:
             return SparseWeight(rows, None)
-        return SparseWeight(rows, self.pack_weight(rows.t().contiguous()))
+        skips = self.sparse_rows != 0 and rows.dtype != torch.float16
+        kept = rows if skips else rows.new_empty(0, rows.shape[1])
+        return SparseWeight(kept, self.pack_weight(rows.t().contiguous()))
 
     def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:
         if self._skips(x, weight):
@@ -119,9 +125,12 @@ class CPUKernels(ReferenceKernels):
         return self.add_layer_norm(x @ weight.rows, bias, residual, norm)
 
     def _skips(self, x: torch.Tensor, weight: SparseWeight) -> bool:
+        if x.dtype == torch.float16:
+            return False  # each bag's sum is rounded to the dtype, and may be past this one's range
         most = self.sparse_rows
         if most is None:
-            most = SPARSE_ROWS_PLAIN if weight.dense is None else SPARSE_ROWS_PACKED
+            packed = weight.dense is not None and weight.dense.is_mkldnn
+            most = SPARSE_ROWS_PACKED if packed else SPARSE_ROWS_PLAIN
         return 0 < len(x) <= most
 
     def _live_rows(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

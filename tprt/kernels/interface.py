@@ -34,7 +34,8 @@ class SparseWeight(NamedTuple):
     """The matrix of a product whose inputs are mostly exactly 0.
 
     Args:
-        rows: [in_features, out_features], so that what a zero would meet is one row in memory.
+        rows: [in_features, out_features], so that what a zero would meet is one row in memory; without
+            rows where only ``dense`` is ever read.
         dense: the same matrix as ``linear`` reads it fastest, where that is worth its memory.
     """
 
@@ -164,7 +165,8 @@ class Kernels(Protocol):
         ...
 
     def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
-        """[in_features, out_features], kept as it is, and a copy for dense products where one helps."""
+        """[in_features, out_features], kept as it is if it is read, and a copy for dense products where
+        one helps."""
         ...
 
     def sparse_linear(self, x: torch.Tensor, weight: SparseWeight) -> torch.Tensor:

@@ -125,7 +125,9 @@ class _WarmUp:
         weight = self.matrix(VOCAB_ROWS, self.sizes.hidden_size)
         numbers = torch.zeros(rows, dtype=torch.int64, device=self.device)
         temperature = torch.ones(rows, device=self.device)
-        noise = Noise(temperature, numbers.bool(), numbers, numbers)
         ids = torch.arange(VOCAB_ROWS, device=self.device)
-        self.kernels.linear_argmax(hidden, weight, noise, ids, VOCAB_ROWS)
-        self.kernels.argmax(self.kernels.logits(hidden, weight), noise, ids, VOCAB_ROWS)
+        logits = self.kernels.logits(hidden, weight)
+        for all_greedy in (False, True):
+            noise = Noise(temperature, numbers.bool(), numbers, numbers, all_greedy)
+            self.kernels.linear_argmax(hidden, weight, noise, ids, VOCAB_ROWS)
+            self.kernels.argmax(logits, noise, ids, VOCAB_ROWS)

@@ -92,11 +92,14 @@ class RowParallelLinear(ParallelLinear):
         self.sparse = SparseWeight(self.weight, None) if sparse_input else None
 
     def finish_loading(self) -> None:
-        """As ``ParallelLinear``; what is read row by row stays a parameter."""
+        """As ``ParallelLinear``; what is read row by row stays a parameter, and what is not goes."""
         if self.sparse is None:
             return super().finish_loading()
         # 0 times inf would not be 0, but the loader lets only finite values in.
         self.sparse = self.kernels.pack_sparse(self.weight)
+        if self.sparse.rows is not self.weight:
+            del self.weight
+            self.weight = self.sparse.rows
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor, norm: Norm

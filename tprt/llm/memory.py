@@ -168,6 +168,8 @@ def largest_that_fits(
         for value in _halves(getattr(engine, name), least):
             if fits(**{name: value}):
                 return f"engine.{name}={_most(value, partial(_fits_with, fits, name))}"
+    if plan.runtime.copies and fits(sparse_rows=0):
+        return "engine.sparse_rows=0, which keeps no second copy of down projections"
     if device_type == "cuda" and not engine.enforce_eager and fits(enforce_eager=True):
         return "engine.enforce_eager=true, which keeps no graphs"
     for size in config.tp_sizes():

@@ -8,6 +8,7 @@ CONTROL from text, and ``Tokenizer.encode`` none that is special). Other numbere
 Knows pieces and types as ``sentencepiece_model`` reads them; no text and no tensor.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from tprt.errors import ConfigError
@@ -21,14 +22,15 @@ from tprt.tokenizer.sentencepiece_model import (
 )
 
 SHOWN_PIECES = 3
+# A word of its own at the front: ``<preserved_7>`` says nothing of the kind.
+_SAYS_UNUSED = re.compile(r"[<\[|]\S*(?<![A-Za-z])(unused|reserved)\S*\d[>\]|]", re.IGNORECASE)
 
 
 def says_unused(piece: str, kind: int) -> bool:
     """Whether the model file itself says that a piece is unused."""
     if piece in NAMED_SPECIALS or kind == BYTE:
         return False
-    named = RESERVED_NAME.fullmatch(piece) and NUMBERED.fullmatch(piece)
-    return kind == UNUSED or named is not None
+    return kind == UNUSED or _SAYS_UNUSED.fullmatch(piece) is not None
 
 
 def looks_unused(piece: str, kind: int) -> bool:

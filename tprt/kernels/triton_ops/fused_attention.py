@@ -178,6 +178,6 @@ def _launch(
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, CHUNK=decode.CHUNK,
         HEADS=groups.heads, AT_ONCE=decode.MERGED_AT_ONCE, BLOCK_D=groups.block_d,
         num_warps=groups.num_warps, num_stages=1, **pdl_options(qkv.device),
-        # Two programs of 8 warps fit an SM, as when they only stream.
-        maxnreg=min(255, SM_REGISTERS // (2 * 32 * groups.num_warps)),
+        # Of up to 8 warps two programs fit an SM, as when they only stream; of more, one.
+        maxnreg=min(255, SM_REGISTERS // (32 * max(groups.num_warps, min(16, 2 * groups.num_warps)))),
     )  # fmt: skip

@@ -110,7 +110,8 @@ def _reduce(best: torch.Tensor, columns: torch.Tensor, ids: torch.Tensor) -> Ten
     return scores, drawn
 
 
-@triton.jit
+# One binary for any number of rows and programs: a step may be the first with so many rows that draw.
+@triton.jit(do_not_specialize=["num_rows", "parts"])
 def _linear_argmax_kernel(
     x_ptr, weight_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
     columns_ptr, num_rows, width, num_valid, x_stride, weight_stride, parts,
@@ -144,7 +145,7 @@ def _linear_argmax_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "parts"])
 def _argmax_kernel(
     logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
     columns_ptr, num_rows, num_valid, stride, parts, NOISY: tl.constexpr, BLOCK: tl.constexpr,
@@ -186,7 +187,7 @@ def _store_best(
     tl.store(columns_ptr + rows * parts + part, lowest, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _reduce_kernel(
     best_ptr, columns_ptr, ids_ptr, scores_ptr, drawn_ptr, parts, BLOCK: tl.constexpr
 ):

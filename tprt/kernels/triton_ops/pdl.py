@@ -5,8 +5,11 @@ ahead of that must be true whatever earlier kernels do: it may read weights, whi
 must write nothing, since an earlier kernel may still read what is there. Every kernel launched with
 these options waits, without exception: one that did not would let its successor run while its
 predecessors still do.
+
+The variable TPRT_PDL=0 launches kernels one after the other, to tell whose fault something is.
 """
 
+import os
 from functools import cache
 from typing import Any
 
@@ -19,6 +22,7 @@ import triton.language as tl
 def pdl_options(device: torch.device) -> dict[str, Any]:
     """For a launch on ``device``: the kernel's PDL, and what tells the driver; from Hopper on."""
     able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    able = able and os.environ.get("TPRT_PDL") != "0"
     return {"PDL": True, "launch_pdl": True} if able else {"PDL": False}
 
 

@@ -107,18 +107,22 @@ def load_norms(
 
     [2 * HEADS, BLOCK_D] each. They are nobody's output: they may be read before ``pdl_wait``.
     """
-    if not NORM:
+    if NORM:
+        dims, others = _pairs(HALF, BLOCK_D)
+        heads, parts = _heads_and_parts(group, HEADS)
+        inside, turning = (
+            (heads < num_heads) & (dims < DIM),
+            (heads < num_heads) & (dims < 2 * HALF),
+        )
+        row = (heads * 2 + parts) * DIM
+        return (
+            tl.load(weight_ptr + row + dims, mask=inside, other=0.0),
+            tl.load(bias_ptr + row + dims, mask=inside, other=0.0),
+            tl.load(weight_ptr + row + others, mask=turning, other=0.0),
+            tl.load(bias_ptr + row + others, mask=turning, other=0.0),
+        )
+    else:  # behind a plain "if" Triton would compile what follows it all the same
         return (0.0, 0.0, 0.0, 0.0)
-    dims, others = _pairs(HALF, BLOCK_D)
-    heads, parts = _heads_and_parts(group, HEADS)
-    inside, turning = (heads < num_heads) & (dims < DIM), (heads < num_heads) & (dims < 2 * HALF)
-    row = (heads * 2 + parts) * DIM
-    return (
-        tl.load(weight_ptr + row + dims, mask=inside, other=0.0),
-        tl.load(bias_ptr + row + dims, mask=inside, other=0.0),
-        tl.load(weight_ptr + row + others, mask=turning, other=0.0),
-        tl.load(bias_ptr + row + others, mask=turning, other=0.0),
-    )
 
 
 @triton.jit
