@@ -47,6 +47,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
+    # torch's own switch, read when it first allocates: on a CPU rows of weights are then looked up in
+    # pages of 2 MiB. The program's to set, not the library's.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, unknown = build_parser().parse_known_args(arguments)
     if unknown:
