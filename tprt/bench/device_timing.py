@@ -18,6 +18,7 @@ import torch
 Call = Callable[[], object]
 
 BUDGET = 0.3  # seconds of repeats
+READ_BUDGET = 0.05  # of a read between other runs
 WARM_UP_CALLS = 3  # compile, pick algorithms, allocate work spaces
 MIN_REPEATS, MAX_REPEATS = 7, 50
 GRAPH_SECONDS = 2e-3  # one replay; far above what an event costs
@@ -180,10 +181,26 @@ def measure_ceilings(device: torch.device, toy: bool = False) -> Ceilings:
 
 def measure_read(device: torch.device, toy: bool = False) -> float:
     """Bytes per second of a reduction by all of the device, the median of 7 to 50 passes: torch's own or
-    ours, whichever is faster. Less than a second, to be taken beside what it is held against."""
-    sizes = CeilingSizes() if device.type == "cuda" else ON_CPU
-    nbytes = (TOY_CEILINGS if toy else sizes).read_bytes
+    ours, whichever is faster."""
+    nbytes = _read_bytes(device, toy)
     return max(_read_by_torch(device, nbytes), _read(device, nbytes))
+
+
+class ReadTest:
+    """Reads of one large tensor by torch's own reduction, to be taken between other runs."""
+
+    def __init__(self, device: torch.device, toy: bool = False) -> None:
+        self.device = device
+        self.x = torch.randn(_read_bytes(device, toy) // 4, device=device)
+
+    def __call__(self) -> float:
+        """Bytes per second, the median of some passes; a few hundredths of a second."""
+        return self.x.nbytes / time_calls([self.x.sum], self.device, READ_BUDGET).seconds
+
+
+def _read_bytes(device: torch.device, toy: bool) -> int:
+    sizes = CeilingSizes() if device.type == "cuda" else ON_CPU
+    return (TOY_CEILINGS if toy else sizes).read_bytes
 
 
 def _gemm(device: torch.device, side: int) -> float:

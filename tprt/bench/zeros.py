@@ -2,9 +2,8 @@
 
 Both are ours, on the same weights, in turn, and with ``--vs`` a peer in the same rotation. The zeros are
 synthetic and independent (see ``synthetic.zeros_bias``): shares are chosen by biases that change in
-place, and what comes out of them is measured with every cell. Reads of plain memory are timed before and
-after every batch and context: what a step reads per second, and the limit of anything that reads every
-matrix, are held against reads of the same minute.
+place, and what comes out of them is measured with every cell. A read of plain memory is in the rotation
+too: bytes per second of a step, and the limit of whatever reads every matrix, are held against it.
 """
 
 import statistics
@@ -17,7 +16,7 @@ import torch
 
 from tprt.bench.decode import CHECKED_TOKENS
 from tprt.bench.decode_sizes import DecodeSizes, StepBytes, decode_settings, fitted, step_bytes
-from tprt.bench.device_timing import measure_ceilings, measure_read
+from tprt.bench.device_timing import ReadTest, measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, decode_seconds, fill_cache, prompts_of, start, stop
 from tprt.bench.live import LiveShares, kernels_of, skips, watched, without_graphs
 from tprt.bench.report import Report, Run, Say, compare, device_name, ratio_interval
@@ -78,8 +77,8 @@ def zeros_sweep(
         (prompt,) = prompts_of(CHECKED_TOKENS, 1, config.vocab_size, settings.seed, vocabulary)
         details["logit_difference"] = peer.logit_difference(paths["sparse"].engine, prompt)
     read = step_bytes(config, dtype, 1, vocabulary)
-    sweep = _Sweep(paths, read, step_bytes(config, dtype, 1), sizes, peer, pairs, toy, say)
-    sweep.reads.append(measure_read(device, toy))
+    test = ReadTest(device, toy)
+    sweep = _Sweep(paths, read, step_bytes(config, dtype, 1), sizes, peer, pairs, test, say)
     cells = [cell for group in sizes.cells for cell in sweep.group(*group, zeros)]
     for path in paths.values():
         path.close()
@@ -87,7 +86,6 @@ def zeros_sweep(
     if not measured:
         raise ConfigError("none of the cells fits into the KV cache", hint="a smaller --batch")
     first = measured[0]
-    details["reads_GB_per_s"] = [round(r / 1e9, 1) for r in sweep.reads]
     details["cells"] = cells
     return Report(
         bench="decode",
@@ -168,13 +166,12 @@ class _Sweep:
     sizes: DecodeSizes
     peer: TransformersPeer | None
     pairs: int
-    toy: bool
+    test: ReadTest
     say: Say
-    reads: list[float] = field(default_factory=list)
     done: set[tuple[int, int]] = field(default_factory=set)
 
     def group(self, batch: int, context: int, zeros: Sequence[float]) -> list[dict[str, Any]]:
-        """Every share at one batch and context, between two reads of memory."""
+        """Every share at one batch and context."""
         engine = self.paths["sparse"].engine
         head = fitted(engine, self.sizes, batch, context, self.say)
         context = head["context"]
@@ -196,10 +193,8 @@ class _Sweep:
         self.paths["sparse"].choose()
         head["skips"] = skips(model, bucket_of(batch))  # as many rows as a step has
         cells = [head | self._measure(share, prompts, runs) for share in zeros]
-        self.reads.append(measure_read(engine.tp.device, self.toy))
-        bandwidth = statistics.median(self.reads[-2:])
         for cell in cells:
-            self._tell(cell, bandwidth)
+            self._tell(cell)
         return cells
 
     def _measure(
@@ -213,7 +208,14 @@ class _Sweep:
             torch.cuda.synchronize(engine.tp.device)
         self.say(f"  zeros {share:.1%}, batch {len(prompts)}, context {len(prompts[0]) - 1}")
         found = self._watch(prompts)
-        seconds = compare(runs, self.pairs, self.say)
+        reads: list[float] = []
+
+        def read() -> float:
+            reads.append(self.test())
+            return self.test.x.nbytes / reads[-1]
+
+        seconds = compare(runs | {"read": read}, self.pairs, self.say)
+        del seconds["read"]
         return {
             "zeros": share,
             "zeros_measured": round(found.zeros, 4),
@@ -224,6 +226,7 @@ class _Sweep:
                 if name != "sparse"
             },
             "seconds": seconds,
+            "reads_GB_per_s": [round(r / 1e9, 2) for r in reads],
         }
 
     def _watch(self, prompts: list[list[int]]) -> LiveShares:
@@ -238,11 +241,13 @@ class _Sweep:
             stop(path.engine, sequences)
         return found
 
-    def _tell(self, cell: dict[str, Any], bandwidth: float) -> None:
+    def _tell(self, cell: dict[str, Any]) -> None:
         """Fill in what follows from seconds, bytes and the read bandwidth, and say it."""
         batch, steps = cell["batch"], self.sizes.steps
         context = cell["context"] + 2 + WARM_UP_STEPS + steps / 2
         live = cell["live"] if cell["skips"] else 1.0
+        bandwidths = [read * 1e9 for read in cell["reads_GB_per_s"]]
+        bandwidth = statistics.median(bandwidths)
         needed = {
             "sparse": self.read.of(batch, context, live),
             "dense": self.read.of(batch, context),
@@ -256,7 +261,12 @@ class _Sweep:
             }
             if name in needed:
                 found["GB_per_step"] = round(needed[name] / 1e9, 6)
-                found["share_of_bandwidth"] = round(needed[name] / step / bandwidth, 4)
+                # Pair by pair, as the bandwidth of a shared machine drifts.
+                shares = [
+                    needed[name] * steps / each / read
+                    for each, read in zip(seconds, bandwidths, strict=True)
+                ]
+                found["share_of_bandwidth"] = round(statistics.median(shares), 4)
             cell |= found if name == "sparse" else {name: found}
         limit = batch * bandwidth / self.limit.of(batch, context)
         cell |= {
