@@ -275,7 +275,8 @@ class EngineConfig:
         record_path: file that gets every step record, for replay; None writes none.
         kernels: "auto" (Triton on a GPU, torch's own on a CPU), "reference" (plain torch) or "triton".
         sparse_rows: most rows of a step for which down projections read only what meets something
-            other than 0; None as measured for the device, 0 for never.
+            other than 0; None as measured for the device, 0 for never. A GPU does it up to 16, a CPU
+            in float16 never.
         fuse_kernels: on a GPU, fewer and larger kernels per layer; false for one per operation.
         enforce_eager: launch decode steps operation by operation, without CUDA graphs.
         one_shot_all_reduce: let ranks with NVLink sum small messages in one kernel of our own, fused

@@ -201,7 +201,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tprt.bench.picture", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("reports", type=Path, nargs="+", metavar="FILE.json")
+    parser.add_argument(
+        "reports",
+        type=Path,
+        nargs="+",
+        metavar="FILE.json",
+        help="of tprt bench decode --zeros; the smallest context of each is shown",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.svg")
     args = parser.parse_args(arguments)
     try:

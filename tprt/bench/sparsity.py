@@ -275,4 +275,8 @@ def _table(layers: list[dict[str, Any]], mean: dict[str, Any]) -> list[str]:
         first = found["batches"][0]["imbalance"].values() if sizes else ()
         slowest = "".join(f"{value:7.2f}" for value in first)
         lines.append(f"{name:5}  {shown[0]:>7} {shown[1]:>8}  {unions}  {slowest:>{max(slow, 16)}}")
+    lines.append(
+        "live of a batch: neurons that at least one of so many new tokens has alive, what a step reads; "
+        "slowest of ranks: live neurons of the busiest rank over the mean, one token at a time"
+    )
     return lines

@@ -226,7 +226,7 @@ class _Sweep:
                 if name != "sparse"
             },
             "seconds": seconds,
-            "reads_GB_per_s": [round(r / 1e9, 2) for r in reads],
+            "reads_GB_per_s": [round(r / 1e9, 4) for r in reads],
         }
 
     def _watch(self, prompts: list[list[int]]) -> LiveShares:
@@ -270,7 +270,7 @@ class _Sweep:
             cell |= found if name == "sparse" else {name: found}
         limit = batch * bandwidth / self.limit.of(batch, context)
         cell |= {
-            "read_GB_per_s": round(bandwidth / 1e9, 1),
+            "read_GB_per_s": round(bandwidth / 1e9, 4),
             "dense_limit_GB_per_step": round(self.limit.of(batch, context) / 1e9, 6),
             "dense_limit_tokens_per_s": round(limit, 1),
             "above_dense_limit": cell["tokens_per_s"] > limit,
@@ -282,6 +282,6 @@ class _Sweep:
         self.say(
             f"batch {batch:3} context {cell['context']:6} zeros {cell['zeros_measured']:.1%}, live "
             f"{cell['live']:.1%}: {cell['tokens_per_s']:.1f} tokens/s, {cell['GB_per_step']:.3f} GB at "
-            f"{cell['share_of_bandwidth']:.1%} of {cell['read_GB_per_s']} GB/s; {ratios}; dense limit "
+            f"{cell['share_of_bandwidth']:.1%} of {cell['read_GB_per_s']:.1f} GB/s; {ratios}; dense limit "
             f"{limit:.1f} tokens/s{'' if cell['skips'] else '; so many rows skip nothing'}"
         )

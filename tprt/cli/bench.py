@@ -13,8 +13,8 @@ from tprt.errors import EXIT_OK
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure on random weights",
-        description="Measure on random weights; the last line is one JSON object. "
+        help="measure, on random weights for the most part",
+        description="Measure, on random weights but for sparsity; the last line is one JSON object. "
         + "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
         + ". --model also takes persimmon-8b, persimmon-400m, persimmon-100m and toy.",
     )
