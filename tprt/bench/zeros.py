@@ -282,6 +282,6 @@ class _Sweep:
         self.say(
             f"batch {batch:3} context {cell['context']:6} zeros {cell['zeros_measured']:.1%}, live "
             f"{cell['live']:.1%}: {cell['tokens_per_s']:.1f} tokens/s, {cell['GB_per_step']:.3f} GB at "
-            f"{cell['share_of_bandwidth']:.1%} of {cell['read_GB_per_s']:.1f} GB/s; {ratios}; dense limit "
-            f"{limit:.1f} tokens/s{'' if cell['skips'] else '; so many rows skip nothing'}"
+            f"{cell['share_of_bandwidth']:.1%} of {cell['read_GB_per_s']:.1f} GB/s; {ratios}; "
+            f"dense limit {limit:.1f} tokens/s{'' if cell['skips'] else '; so many rows skip nothing'}"
         )
