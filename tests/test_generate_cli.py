@@ -87,7 +87,8 @@ def test_bad_records_get_errors_and_code_4(tmp_path, capsys):
     assert "2048" in bad[1]["error"]["message"]
     said = capsys.readouterr()
     assert "6 failed" in said.out and "first of 6 failed records: 2: " in said.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    left = ["in.jsonl", "out.jsonl", "out.jsonl.status.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_empty_input_gets_a_warning(tmp_path, capsys):
@@ -140,16 +141,69 @@ def test_an_interrupted_job_says_what_was_done(tmp_path, ranks, number, code):
         process.send_signal(number)
         assert process.wait(60) == code
     text = said.read_text()
-    found = re.search(r"(\d+) of 300 completions done when it was stopped; (.*) is as it was", text)
+    found = re.search(r"(\d+) of 300 records are done; (.*) is as it was", text)
     assert found and found[2] == str(out) and int(found[1]) < 300
-    assert "The same command starts again" in text and text.count("completions done") == 1
+    assert "The same command resumes" in text and text.count("records are done") == 1
     assert out.read_text() == "before\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["err", "in", "out"]
+    left = ["err", "in", "out", "out.journal", "out.status.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    status = json.loads((tmp_path / "out.status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", code)
+    assert status["finished"] == int(found[1])
 
 
 def test_an_error_is_no_interrupt(tmp_path, capsys):
     assert main(command(tmp_path / "out", "--set", "engine.kv_cache_memory=1")) == 8
-    assert "was stopped" not in capsys.readouterr().err
+    status = json.loads((tmp_path / "out.status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 8)
+    assert "kv_cache_memory" in status["error"]["hint"]
+
+
+def test_a_finished_job_is_not_computed_again(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(command(out)) == 0
+    before, first = out.stat(), out.read_bytes()
+    assert main(command(out)) == 0
+    assert "finished already" in capsys.readouterr().err and out.stat() == before
+    out.write_bytes(first[:-5])  # no longer what was written
+    assert main(command(out)) == 0
+    assert "finished already" not in capsys.readouterr().err and out.read_bytes() == first
+    assert main(command(out, "--restart")) == 0
+    assert out.read_bytes() == first and out.stat().st_mtime_ns > before.st_mtime_ns
+    assert main(command(out, "--temperature", "0.5")) == 0, "another job: the old output is replaced"
+
+
+def test_a_changed_job_does_not_resume(tmp_path, capsys):
+    """Stopped in the middle by a full disk, then asked for something else."""
+    out = tmp_path / "out"
+    argv = [sys.executable, "-m", "tprt", *command(out)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TPRT_FAULT": "journal.append:raise:hit=3"}
+    stopped = subprocess.run(argv, check=False, capture_output=True, text=True, env=env, cwd=ROOT)
+    assert stopped.returncode == 1 and "2 of 8 records are done" in stopped.stderr
+    assert main(command(out, "--temperature", "0.5", "--seed", "3")) == 2
+    said = capsys.readouterr().err
+    assert "sampling.temperature" in said and "0.5" in said and "--restart" in said
+    assert main(["job", "status", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "failed" in shown and "resumes" in shown
+    assert main(command(out)) == 0
+    said = capsys.readouterr()
+    assert "attempt 2: 2 of 8 records are done already" in said.err
+    assert main(command(tmp_path / "whole")) == 0
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_shards_answer_what_one_job_answers(tmp_path, capsys, ranks):
+    out = tmp_path / "out"
+    for shard in ("0/3", "2/3"):
+        assert main(command(out, "--shard", shard)) == 0
+    assert main(["generate", "--merge", "--output", str(out)]) == 2
+    assert "--shard 1/3" in capsys.readouterr().err
+    launch("-m", "tprt", *command(out, "--shard", "1/3", "--nproc", str(ranks)))
+    assert main(["generate", "--merge", "--output", str(out)]) == 0
+    assert main(command(tmp_path / "whole")) == 0
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_openai_lines(tmp_path):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from tprt.bench.synthetic import make_engine, random_model
 from tprt.config import EngineConfig, PersimmonConfig
+from tprt.distributed.progress import Progress
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine import graph_runner, transfer
@@ -83,7 +84,7 @@ def test_padding_rows_never_touch_live_state(count, full):
         ids = [(s, p, -1 if i % 2 else t) for i, (s, p, t) in enumerate(rows)]
         before = [cache.kv.clone() for cache in runner.caches]
         result = runner.execute(decode_record(ids, full=full), 0)
-        results.append((result.check(), before))
+        results.append((result.check(Progress()), before))
     assert bucket_of(count) > count or count == 1
     assert results[0][0] == results[1][0] and len(results[0][0]) == count
     for padded, plain, before in zip(
@@ -200,7 +201,7 @@ def test_results_are_read_one_step_late_and_not_overwritten():
     run(engine, [request([3, 1, 4], max_tokens=9), request([1, 5], max_tokens=9)])
     assert len(kept) > 5
     for result, drawn in kept:
-        assert set(result.check()) <= set(drawn.tolist())
+        assert set(result.check(Progress())) <= set(drawn.tolist())
 
 
 def test_garbage_collection_is_off_during_capture_and_back_afterwards():

@@ -1,5 +1,7 @@
 """Batch lines: every kind of bad line is one error record, and the others are untouched."""
 
+import errno
+import hashlib
 import io
 import json
 import os
@@ -10,9 +12,8 @@ import pytest
 
 from tprt.engine.outputs import CompletionOutput, RequestOutput
 from tprt.errors import ConfigError, OutputError
-from tprt.job.output_file import AtomicOutput
-from tprt.job.progress import ProgressLine
-from tprt.job.records import read_records, record_seed, result_line
+from tprt.job.output_file import AtomicOutput, create_temporary
+from tprt.job.records import read_records, record_id, record_seed, result_line
 from tprt.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=8)
@@ -117,14 +118,37 @@ def test_openai_lines_are_answered_in_their_own_form():
     assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
 
 
+def test_an_error_that_quotes_a_long_line_is_cut():
+    (record,) = read({"prompt": "a", "x" * 10_000: 1})
+    assert "unknown key" in record.error and len(record.error) < 2100
+
+
+def test_the_id_alone_is_that_of_the_record():
+    lines = [{"id": "a"}, {"custom_id": 5}, {"id": 1.5}, {"id": None}, {}, "[1]", "{", b"\xff"]
+    for line in lines:
+        (record,) = read(line)
+        raw = (
+            line if isinstance(line, bytes) else line if isinstance(line, str) else json.dumps(line)
+        )
+        assert record_id(raw if isinstance(raw, bytes) else raw.encode(), 1) == record.id
+
+
 def test_output_appears_whole_and_replaces_only_at_the_end(tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("old\n")
     output = AtomicOutput(target)
-    assert target.read_text() == "old\n"
-    output.write(["a", "b"])
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"], "written to only at the end"
+
+    def lines():
+        yield "a"
+        assert target.read_text() == "old\n" and len(list(tmp_path.iterdir())) == 2
+        yield "é".encode()
+
+    written = output.write(lines())
     output.discard()
-    assert target.read_text() == "a\nb\n"
+    raw = target.read_bytes()
+    assert raw == "a\né\n".encode()
+    assert (written.size, written.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
     assert stat.S_IMODE(target.stat().st_mode) & 0o444
 
@@ -132,31 +156,78 @@ def test_output_appears_whole_and_replaces_only_at_the_end(tmp_path):
 def test_failing_lines_leave_the_old_output(tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("old\n")
-    output = AtomicOutput(target)
 
     def lines():
         yield "new"
-        raise RuntimeError
+        raise KeyboardInterrupt
 
-    with pytest.raises(RuntimeError):
-        output.write(lines())
-    output.discard()
+    with pytest.raises(KeyboardInterrupt):
+        AtomicOutput(target).write(lines())
     assert target.read_text() == "old\n" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_unwritable_outputs(tmp_path):
+def test_unwritable_outputs(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
-    for target in (tmp_path / "missing" / "out", tmp_path, tmp_path / "pipe", Path("/dev/null")):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    bad = ("missing/out", "", "pipe", "loop", "file/out", "a" * 300)
+    for target in (*(tmp_path / name for name in bad), Path("/dev/null")):
         with pytest.raises(OutputError) as caught:
             AtomicOutput(target)
         assert caught.value.exit_code == 5
+    full = tmp_path / "full"
     if os.path.exists("/dev/full"):
-        output = AtomicOutput(tmp_path / "out")
-        os.dup2(os.open("/dev/full", os.O_WRONLY), output._file.fileno())
-        with pytest.raises(OutputError, match="No space left"):
-            output.write(["x"])
-        output.discard()
-        assert [p.name for p in tmp_path.iterdir()] == ["pipe"]
+        monkeypatch.setattr(
+            "tprt.job.output_file.create_temporary",
+            lambda path: (os.open("/dev/full", os.O_WRONLY), full),
+        )
+        with pytest.raises(OutputError, match="No space left") as caught:
+            AtomicOutput(tmp_path / "out").write(["x"])
+        assert "make room" in caught.value.hint and str(tmp_path / "out") in caught.value.where
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "loop", "pipe"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "close"])
+def test_an_output_that_fails_at_the_end_is_no_output(tmp_path, monkeypatch, call):
+    """Network file systems speak of a full disk when a file is synced or closed."""
+    target = tmp_path / "out"
+    target.write_text("old\n")
+    output = AtomicOutput(target)
+
+    def fail(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    else:
+
+        class FailsAtClose(io.FileIO):
+            def close(self):
+                if not self.closed:
+                    super().close()
+                    fail()
+
+        monkeypatch.setattr(
+            "tprt.job.output_file.open", lambda fd, mode, **_: FailsAtClose(fd, "wb"), raising=False
+        )
+    with pytest.raises(OutputError, match="quota"):
+        output.write(["x"])
+    assert target.read_text() == "old\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
+    left, others = (
+        ".out.0a1b2c3d.tmp",
+        [".out.x.0a1b2c3d.tmp", ".out.journal.0a1b2c3d.tmp", ".out.tmp"],
+    )
+    for name in (left, *others):
+        (tmp_path / name).write_text("")
+    handle, held = create_temporary(tmp_path / "out")
+    AtomicOutput(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, held.name])
+    os.close(handle)
+    AtomicOutput(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others)
 
 
 def test_link_stays_a_link(tmp_path):
@@ -165,25 +236,3 @@ def test_link_stays_a_link(tmp_path):
     link.symlink_to(target)
     AtomicOutput(link).write(["new"])
     assert link.is_symlink() and target.read_text() == "new\n"
-
-
-def test_progress_is_a_line_now_and_then_and_never_stops_a_job(capsys, monkeypatch):
-    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 0.0)
-    with ProgressLine(4) as progress:
-        progress.update(1, 30)
-    assert "1/4 done, 30 tokens" in capsys.readouterr().err
-    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 60.0)
-    with ProgressLine(4) as progress:
-        progress.update(2, 60)
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_survives_a_closed_stderr(monkeypatch):
-    class Closed(io.StringIO):
-        def write(self, _):
-            raise BrokenPipeError
-
-    monkeypatch.setattr("tprt.job.progress.SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setattr("sys.stderr", Closed())
-    with ProgressLine(4) as progress:
-        progress.update(1, 30)

@@ -1,21 +1,25 @@
 """Settings: what is read from YAML, which source wins, and what a mistake looks like."""
 
 import dataclasses
+import json
 import os
+import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from tprt.cli.settings import KEYS, load_settings, parse_size
+from tprt.cli import main
+from tprt.cli.setting_types import parse_shard, parse_size
+from tprt.cli.settings import KEYS, load_settings
 from tprt.cli.strict_yaml import MAX_YAML_BYTES, read_yaml_value
 from tprt.config import EngineConfig
 from tprt.errors import ConfigError
 from tprt.sampling_params import SamplingParams
 
-CONFIGS = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +69,14 @@ def test_a_whole_file(write):
     path = write(
         "model: {path: /m, tokenizer: /t, dtype: fp16, rotary_precision: fp32, verify: full,"
         " bos_policy: bos, trim_vocab: [[3, 9], [20, 20]], device: cpu}\n"
-        "parallel:\n  tensor: 4\n"
+        "parallel:\n  tensor: 4\n  data: 2\n"
         "engine:\n  max_num_seqs: 8\n  max_num_batched_tokens: 2k\n  max_model_len: 16K\n"
         "  block_size: 32\n  seed: -5\n"
         "  kv_cache_memory: 20G\n  gpu_memory_utilization: 0.5\n"
+        "  step_timeout: 90\n  load_timeout: 1e3\n"
         'sampling:\n  temperature: 1e-1\n  stop: ["\\n\\nhuman:"]\n  stop_token_ids: [5]\n'
-        "job: {input: in.jsonl, output: out.jsonl}\n"
+        "job: {input: in.jsonl, output: out.jsonl, shard: 02/8, seed: -7, log_format: json,"
+        " max_restarts: 100}\n"
         "server:\n"
     )
     settings = load_settings(path, [], {})
@@ -78,14 +84,20 @@ def test_a_whole_file(write):
         "path": "/m", "tokenizer": "/t", "dtype": "float16", "rotary_precision": "fp32",
         "verify": "full", "bos_policy": "bos", "trim_vocab": ((3, 9), (20, 20)), "device": "cpu",
     }  # fmt: skip
-    assert settings.parallel.tensor == 4
+    assert settings.parallel.model_dump() == {"tensor": 4, "data": 2}
+    assert settings.parallel.world_size == 8
     assert settings.engine_config() == EngineConfig(
         dtype="float16", max_num_seqs=8, max_num_batched_tokens=2000, max_model_len=16384,
         block_size=32, seed=-5, kv_cache_memory=20 * 2**30, gpu_memory_utilization=0.5,
+        step_timeout=90.0, load_timeout=1000.0,
     )  # fmt: skip
     wanted = SamplingParams(temperature=0.1, stop=("\n\nhuman:",), stop_token_ids=(5,))
     assert settings.sampling_params() == wanted
-    assert (settings.job.input, settings.job.output) == ("in.jsonl", "out.jsonl")
+    assert settings.job.model_dump() == {
+        "input": "in.jsonl", "output": "out.jsonl", "shard": "2/8", "seed": -7,
+        "log_format": "json", "max_restarts": 100,
+    }  # fmt: skip
+    assert settings.job_seed == -7
 
 
 @pytest.mark.parametrize(
@@ -96,22 +108,62 @@ def test_empty_files_and_sections(write, text):
     assert load_settings(write(text), [], {}) == load_settings(None, [], {})
 
 
+@pytest.fixture
+def variables(monkeypatch):
+    """What the shipped files ask for."""
+    for name in ("PERSIMMON_DIR", "INPUT", "OUTPUT"):
+        monkeypatch.setenv(name, f"/{name.lower()}")
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_shipped_configs_load(path, monkeypatch):
+def test_shipped_configs_load(path, variables):
     """Guards against examples that rot."""
-    monkeypatch.setenv("PERSIMMON_DIR", "/weights")
     settings = load_settings(str(path), [], {})
-    assert settings.model.path in (
-        "examples/tiny-persimmon",
-        f"/weights/{path.stem.replace('persimmon-8b-', '8b_')}_model_release",
+    assert settings.model.path == "examples/tiny-persimmon" or re.fullmatch(
+        r"/persimmon_dir/(8b_(chat|base)_model_release|persimmon-8b-base)", settings.model.path
     )
     assert settings.sampling.greedy
+    told = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    assert f"tprt generate --config configs/{path.name}" in told, "how is it started?"
 
 
-def test_there_are_shipped_configs():
-    assert {"tiny.yaml", "persimmon-8b-chat.yaml", "persimmon-8b-base.yaml"} <= {
-        path.name for path in CONFIGS
-    }
+def test_what_the_shipped_configs_are_for(variables):
+    """Each name promises something."""
+    found = {path.stem: load_settings(str(path)) for path in CONFIGS}
+    ranks = {name: settings.parallel.world_size for name, settings in found.items()}
+    assert ranks == {
+        "tiny": None, "tiny-replicas": 4, "persimmon-8b-chat": 4, "persimmon-8b-base": 4,
+        "persimmon-8b-chat-replicas": 8, "persimmon-8b-one-gpu": 1, "persimmon-8b-cpu": 2,
+        "persimmon-8b-reference": 1, "array-job": 1,
+    }  # fmt: skip
+    assert found["tiny-replicas"].parallel.data == found["persimmon-8b-chat-replicas"].parallel.data
+    assert found["persimmon-8b-one-gpu"].model.trim_vocab == ((3, 70002),)
+    assert {s.model.device for n, s in found.items() if "cpu" in n or "tiny" in n} == {"cpu"}
+    reference = found["persimmon-8b-reference"]
+    assert reference.model.dtype == "float32" and reference.model.rotary_precision == "fp32"
+    assert reference.engine.kernels == "reference" and reference.engine.sparse_rows == 0
+
+
+def test_an_array_job_takes_its_shard_from_the_scheduler(variables, monkeypatch):
+    monkeypatch.setenv("TPRT_JOB__SHARD", "3/8")
+    path = next(path for path in CONFIGS if path.stem == "array-job")
+    assert load_settings(str(path)).job.shard == "3/8"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "tokens"),
+    [("persimmon-8b-one-gpu", 24, 7000), ("persimmon-8b-chat-replicas", 24, 112000),
+     ("persimmon-8b-chat-replicas", 80, 479000), ("persimmon-8b-reference", 48, 2048)],
+)  # fmt: skip
+def test_what_the_shipped_configs_say_of_memory(name, gpu, tokens, variables, capsys):
+    """Guards against figures in comments that nobody computed."""
+    config, model = ROOT / "configs" / f"{name}.yaml", ROOT / "configs" / "persimmon-8b.json"
+    flags = ["--config", str(config), "--model", str(model), "--memory", str(gpu)]
+    assert main(["plan", *flags, "--json"]) == 0
+    fit = json.loads(capsys.readouterr().out)["tokens_that_fit"]
+    assert fit >= tokens
+    if f"{tokens:,}" in config.read_text():
+        assert fit < tokens + 1000
 
 
 # ---------------------------------------------------------------- sources
@@ -214,13 +266,68 @@ def test_four_mistakes_at_once(write):
     assert lines[5].strip().startswith("where:")
 
 
+def test_four_mistakes_of_a_job(write):
+    """The same for parallel ranks and jobs, where the file is written late at night."""
+    path = write(
+        "parallel:\n"
+        "  data: two\n"
+        "job:\n"
+        "  shard: 8/8\n"
+        "  log_fromat: json\n"
+        "engine:\n"
+        "  load_timeout: 10m\n"
+    )
+    lines = mistake(path).splitlines()
+    assert lines[:5] == [
+        "4 mistakes in the settings:",
+        f"  {path}:2: parallel.data: must be a whole number, not 'two'",
+        f"  {path}:4: job.shard: must be 0/8 to 7/8, as parts are counted from 0, not '8/8'",
+        f"  {path}:5: job.log_fromat: unknown key; did you mean job.log_format?",
+        f"  {path}:7: engine.load_timeout: must be a number, not '10m'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shard"), [("0/1", "0/1"), ("7/8", "7/8"), ("007/010", "7/10"), (" 2/8 ", "2/8")]
+)
+def test_shards(text, shard, monkeypatch):
+    assert parse_shard(text) == shard
+    monkeypatch.setenv("TPRT_JOB__SHARD", text)
+    assert load_settings(None).job.shard == shard
+
+
+@pytest.mark.parametrize(
+    "text", ["1/1", "0/0", "-1/2", "2", "a/b", "1/2/3", "0.5/2", "1 / 2", "/8"]
+)
+def test_what_is_no_shard(text):
+    assert "job.shard: must be" in mistake(None, f"job.shard={text}")
+
+
+def test_the_seed_of_a_job_is_the_engines_unless_told():
+    assert load_settings(None, ["engine.seed=5"]).job_seed == 5
+    assert load_settings(None, ["engine.seed=5", "job.seed=0"]).job_seed == 0
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), 1e9, "600", True, None])
+def test_a_library_user_is_told_of_a_bad_timeout(value):
+    for name in ("load_timeout", "step_timeout"):
+        with pytest.raises(ConfigError, match=f"{name} is "):
+            EngineConfig(**{name: value})
+
+
+def test_the_number_of_ranks():
+    assert load_settings(None).parallel.world_size is None
+    assert load_settings(None, ["parallel.data=2"]).parallel.world_size is None
+    assert load_settings(None, ["parallel.data=2", "parallel.tensor=3"]).parallel.world_size == 6
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [
         ("engin:\n  seed: 1\n", 1, "did you mean engine"),
         ("\nmax_num_seqs: 4\n", 2, "did you mean engine.max_num_seqs?"),
         ("engine:\n  temperature: 1\n", 2, "did you mean sampling.temperature?"),
-        ("parallel:\n  zzz: 1\n", 2, "parallel has tensor"),
+        ("parallel:\n  zzz: 1\n", 2, "parallel has data, tensor"),
         ("zzz: 1\n", 1, "sections are engine, job, model"),
         ("server:\n  port: 80\n", 2, "this version has no server"),
         ("engine: 5\n", 1, "a section holds keys"),
@@ -240,6 +347,17 @@ def test_four_mistakes_at_once(write):
             "engine.max_model_len 10",
         ),
         ("job:\n  input: a\n  output: ./a\n", 3, "would be overwritten"),
+        ("job:\n  input: a.2-of-8\n  shard: 2/8\n  output: a\n", 4, "would be overwritten"),
+        ("job:\n  input: a\n  shard: 2/8\n  output: a\n", 4, "would be overwritten"),
+        ("parallel:\n  data: 0\n", 2, "no less than 1"),
+        ("parallel:\n  data: 2\nengine:\n  record_path: r\n", 4, "2 replicas"),
+        ("job:\n  max_restarts: 101\n", 2, "no more than 100"),
+        ("job:\n  max_restarts: -1\n", 2, "no less than 0"),
+        ("job:\n  log_format: yaml\n", 2, "must be one of text, json"),
+        ("job:\n  seed: 1.5\n", 2, "must be a whole number"),
+        ("job:\n  restart: true\n", 2, "did you mean job.max_restarts?"),
+        ("engine:\n  load_timeout: 0\n", 2, "is 0, allowed is more than 0"),
+        ("engine:\n  load_timeout: 1e9\n", 2, "allowed is less than 1000000000"),
         ("engine:\n  seed: 99999999999999999999\n", 2, "no more than 9223372036854775807"),
     ],
 )

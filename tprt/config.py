@@ -281,7 +281,8 @@ class EngineConfig:
         enforce_eager: launch decode steps operation by operation, without CUDA graphs.
         one_shot_all_reduce: let ranks with NVLink sum small messages in one kernel of our own, fused
             with bias, residual and LayerNorm, instead of NCCL.
-        step_timeout: seconds a GPU may take for one step before the ranks are given up.
+        step_timeout: seconds a step may take, on any device, before the ranks are given up.
+        load_timeout: seconds without progress while weights are loaded before a rank is given up.
         gpu_memory_utilization: share of a GPU's memory that weights and KV cache may take.
         seed: feeds the draws of requests that bring no seed of their own.
     """
@@ -302,6 +303,7 @@ class EngineConfig:
     enforce_eager: bool = False
     one_shot_all_reduce: bool = True
     step_timeout: float = 60.0
+    load_timeout: float = 600.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -330,10 +332,13 @@ class EngineConfig:
             raise ConfigError(
                 f"sparse_rows is {rows!r}", hint="a number of rows, 0 for never, or leave it out"
             )
-        if not isinstance(self.step_timeout, int | float) or not 0 < self.step_timeout < 1e9:
-            raise ConfigError(
-                f"step_timeout is {self.step_timeout!r}, allowed are above 0 seconds", hint="60"
-            )
+        for name, usual in (("step_timeout", "60"), ("load_timeout", "600")):
+            seconds = getattr(self, name)
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not number or not 0 < seconds < 1e9:
+                raise ConfigError(
+                    f"{name} is {seconds!r}, allowed are above 0 to 1e9 seconds", hint=usual
+                )
         if self.record_path is not None and not isinstance(self.record_path, str):
             raise ConfigError(f"record_path is {self.record_path!r}", hint="a file name")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

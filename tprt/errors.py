@@ -112,4 +112,4 @@ def out_of_memory(error: BaseException) -> OutOfMemoryPlan | None:
     )
 
 
-EXIT_OK, EXIT_FAILED_RECORDS, EXIT_SIGINT, EXIT_SIGTERM = 0, 4, 130, 143
+EXIT_OK, EXIT_BUG, EXIT_FAILED_RECORDS, EXIT_SIGINT, EXIT_SIGTERM = 0, 1, 4, 130, 143

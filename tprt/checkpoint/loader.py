@@ -5,7 +5,7 @@ knows nothing else of models and nothing of layouts; how bytes travel is the bus
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -19,6 +19,7 @@ from tprt.checkpoint.staging_ring import Part, StreamSettings
 from tprt.checkpoint.streaming import LoadStats, NotFinite, Streamer
 from tprt.distributed.sharding import Piece, ShardSpec, Slices, shard_spec
 from tprt.errors import CheckpointError
+from tprt.faults import fault_point
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class _Fill:
 
 
 def load_weights(
-    model: nn.Module, reader: CheckpointReader, settings: StreamSettings | None = None
+    model: nn.Module,
+    reader: CheckpointReader,
+    settings: StreamSettings | None = None,
+    tick: Callable[[str], None] | None = None,
 ) -> LoadStats:
     """Fill every parameter of ``model`` from ``reader``, converting to the parameter's dtype.
 
@@ -41,6 +45,7 @@ def load_weights(
         model: its parameters have Hugging Face's names and a ``shard_spec`` each, and lie on one
             device.
         settings: None takes what suits the device and the size.
+        tick: called before each part is read, with the names of tensor and file.
 
     Raises:
         CheckpointError: a parameter has no tensor, a tensor no parameter, the shapes of the whole
@@ -56,16 +61,20 @@ def load_weights(
     _check_names(reader, sources, on_disk)
     _check_shapes(reader, {name: _spec(parameters[name], name) for name in sources}, sources)
     fills = [_Fill(p.detach(), sources[n], _spec(p, n)) for n, p in parameters.items()]
-    return _Load(fills, reader, settings).run()
+    return _Load(fills, reader, settings, tick or (lambda _: None)).run()
 
 
 class _Load:
     """One load: cuts parameters into parts for the streamer, and tells its failures."""
 
     def __init__(
-        self, fills: list[_Fill], reader: CheckpointReader, settings: StreamSettings | None
+        self,
+        fills: list[_Fill],
+        reader: CheckpointReader,
+        settings: StreamSettings | None,
+        tick: Callable[[str], None],
     ) -> None:
-        self.fills, self.reader = fills, reader
+        self.fills, self.reader, self.tick = fills, reader, tick
         devices = {fill.parameter.device for fill in fills}
         assert len(devices) == 1, devices
         self.device = devices.pop()
@@ -86,6 +95,7 @@ class _Load:
 
     def _parts(self) -> Iterator[Part]:
         for order, fill in enumerate(self.fills):
+            fault_point("load")
             local = fill.parameter.t() if fill.spec.transposed else fill.parameter
             blocks = [(piece, local[piece.local]) for piece in fill.spec.pieces]
             if sum(block.numel() for _, block in blocks) < local.numel():
@@ -97,6 +107,9 @@ class _Load:
     def _cut(self, order: int, fill: _Fill, piece: Piece, local: torch.Tensor) -> Iterator[Part]:
         """What fills ``local``, which is a piece of the parameter, in parts of one buffer each."""
         located = self.reader.locate(fill.source, piece.canonical)
+        path = located[0][0].path if located else self.reader.path
+        said = f"reading {fill.source} from {path}"
+        self.tick(said)
         if located is None:
             read = partial(self.reader.read, fill.source, piece.canonical)
             yield Part(order, fill.source, local, False, None, read)
@@ -111,6 +124,7 @@ class _Load:
             direct = in_place and local.dtype == block.dtype
             target = _at(local, place)
             for inner in split(block.shape, self.settings.buffer_bytes // block.dtype.itemsize):
+                self.tick(said)
                 yield Part(order, fill.source, _at(target, inner), direct, block.part(inner))
 
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from tprt import __version__
-from tprt.cli import bench, chat, convert, generate, inspect, plan
-from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
-from tprt.log import setup_cli_logging
+from tprt.cli import bench, chat, config, convert, doctor, generate, inspect, job, plan
+from tprt.cli.common import Terminated
+from tprt.errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
+from tprt.log import report, setup_cli_logging
 
-EXIT_BUG = 1
 # An error found alike on every rank is printed by rank 0 alone. The others stay a moment longer: a
 # launcher stops all ranks as soon as one has failed, rank 0 perhaps before it has said why.
 GRACE_SECONDS = 2.0
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"tprt {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (generate, chat, inspect, convert, plan, bench):
+    for module in (generate, job, chat, inspect, convert, plan, config, doctor, bench):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.allow_abbrev = False
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch's own switch, read when it first allocates: on a CPU rows of weights are then looked up in
     # pages of 2 MiB. The program's to set, not the library's.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # A store that goes away with its launcher is told of by the watch, in fewer words than torch's 25.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if argv is None else argv)
     args, unknown = build_parser().parse_known_args(arguments)
     if unknown:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TprtError as error:
         _report(f"tprt: error: {error}", args.debug)
         return error.exit_code
-    except _Terminated as signal_:
+    except Terminated as signal_:
         _report(f"tprt: ended by {signal_}", args.debug)
         return EXIT_SIGTERM
     except KeyboardInterrupt:
@@ -97,14 +99,10 @@ def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
-class _Terminated(BaseException):
-    """SIGTERM or SIGUSR1 arrived; raised where the program is, so that temporary files go away."""
-
-
 @contextlib.contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
     def raise_it(number: int, _: object) -> None:
-        raise _Terminated(signal.Signals(number).name)
+        raise Terminated(signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -122,7 +120,7 @@ def _report(message: str, debug: bool) -> None:
         traceback.print_exc()
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or debug:
-        print(message, file=sys.stderr, flush=True)
+        report(message)
     else:
         time.sleep(GRACE_SECONDS)
-        print(f"[rank {rank}] {message}", file=sys.stderr, flush=True)
+        report(f"[rank {rank}] {message}")

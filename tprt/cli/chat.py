@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     if not settings.model.path:
         raise ConfigError("--model missing", hint="give the flag, or model.path in --config")
+    if settings.parallel.data > 1:
+        raise ConfigError(
+            f"parallel.data is {settings.parallel.data}, but a chat has one replica",
+            hint="--set parallel.data=1",
+        )
     params = chat_params(settings.sampling_params(), args)
     check_params(params)
     ranks = ranks_to_start(settings)

@@ -9,6 +9,7 @@ from tprt.cli.strict_yaml import read_yaml_file
 from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tprt.distributed.watch import Watch
     from tprt.llm import LLM
 
 # Set for ranks by a launcher that hands on Ctrl-C to them: its process id.
@@ -24,15 +25,21 @@ FLAGS = {
     "bos_policy": "model.bos_policy",
     "device": "model.device",
     "tp": "parallel.tensor",
-    "nproc": "parallel.tensor",
     "input": "job.input",
     "output": "job.output",
+    "shard": "job.shard",
+    "log_format": "job.log_format",
+    "max_restarts": "job.max_restarts",
     "max_tokens": "sampling.max_tokens",
     "temperature": "sampling.temperature",
     "top_p": "sampling.top_p",
     "top_k": "sampling.top_k",
     "seed": "engine.seed",
 }
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGUSR1 arrived; raised where the program is, so that temporary files go away."""
 
 
 def add_settings_flags(parser: argparse.ArgumentParser) -> None:
@@ -83,12 +90,28 @@ def settings_from(args: argparse.Namespace) -> Settings:
         value = getattr(args, flag, None)
         if value is not None:
             flags[key] = value
+    if "engine.seed" in flags and hasattr(args, "shard"):
+        flags["job.seed"] = flags["engine.seed"]  # a flag wins over the file for records too
+    if (nproc := getattr(args, "nproc", None)) is not None:
+        flags["parallel.tensor"] = _ranks_per_replica(args, flags, nproc)
     return load_settings(args.config, args.set, flags)
+
+
+def _ranks_per_replica(args: argparse.Namespace, flags: dict[str, Any], nproc: int) -> int:
+    """``--nproc`` counts all ranks; the replicas that the other settings ask for share them."""
+    replicas = load_settings(args.config, args.set, flags).parallel.data
+    if nproc < 1 or nproc % replicas:
+        raise ConfigError(
+            f"--nproc is {nproc}, for {replicas} replicas (parallel.data)",
+            hint=f"a multiple of {replicas}, at least {replicas}",
+        )
+    return nproc // replicas
 
 
 def is_given(args: argparse.Namespace, key: str) -> bool:
     """Whether the user gave setting ``key`` anywhere, perhaps at its default. Mistakes are not told."""
-    if any(getattr(args, flag, None) is not None for flag, known in FLAGS.items() if known == key):
+    flags = FLAGS | {"nproc": "parallel.tensor"}
+    if any(getattr(args, flag, None) is not None for flag, known in flags.items() if known == key):
         return True
     variables = (
         name.removeprefix(ENV_PREFIX) for name in os.environ if name.startswith(ENV_PREFIX)
@@ -108,25 +131,40 @@ def ranks_to_start(settings: Settings) -> int:
     Raises:
         ConfigError: a launcher started another number than the settings say.
     """
-    ranks = settings.parallel.tensor
+    parallel = settings.parallel
     if "RANK" not in os.environ:
-        return ranks or 1
+        return parallel.world_size or parallel.data
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks not in (None, launched):
+    if parallel.world_size not in (None, launched) or launched % parallel.data:
+        asked = "" if parallel.tensor is None else f"parallel.tensor is {parallel.tensor}, "
         raise ConfigError(
-            f"parallel.tensor is {ranks}, but {launched} ranks were started",
-            hint=f"--nproc-per-node {ranks}, or leave parallel.tensor out",
+            f"{asked}parallel.data is {parallel.data}, but {launched} ranks were started",
+            hint=f"start {parallel.world_size or 'a multiple of parallel.data'} ranks, "
+            "or change these settings",
         )
     return 1
 
 
-def make_llm(settings: Settings) -> "LLM":
+def tensor_parallel_size(settings: Settings) -> int:
+    """Ranks of one replica, on a rank of the launch."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    return settings.parallel.tensor or launched // settings.parallel.data
+
+
+def make_llm(
+    settings: Settings, group: list[int] | None = None, watch: "Watch | None" = None
+) -> "LLM":
+    """Args:
+    group: ranks of the launch that share the model; None is all of them.
+    """
     from tprt.llm import LLM
 
     model = settings.model
     return LLM(
         model.path,
         device=None if model.device == "auto" else model.device,
+        group=group,
+        watch=watch,
         **llm_options(model),
         **vars(settings.engine_config()),
     )

@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tprt.checkpoint import open_checkpoint
 from tprt.cli.common import LAUNCHER
 from tprt.cli.settings import Settings
+from tprt.distributed.launcher import find_nodes, launch
 from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, PeerLost
 from tprt.llm import open_tokenizer, resolve_vocabulary
 
@@ -33,14 +34,24 @@ def check_start(settings: Settings, ranks: int) -> None:
     resolve_vocabulary(reader.config.vocab_size, tokenizer, model.trim_vocab)
 
 
-def launch_local(ranks: int, arguments: list[str], *, interactive: bool = False) -> int:
+def launch_local(
+    ranks: int, arguments: list[str], *, interactive: bool = False, max_restarts: int = 0
+) -> int:
     """Run ``python -m tprt *arguments`` on ``ranks`` local ranks; their exit code.
 
-    The first rank to fail decides the code; a rank ended by a signal counts as a rank failure (6).
+    A rank ended by a signal counts as a rank failure (6).
 
     Args:
         interactive: hand Ctrl-C on to the ranks instead of ending them.
+        max_restarts: how often to start them again after a failure that a new start may cure; not
+            for what is interactive.
     """
+    if not interactive:
+        return launch(find_nodes(1), ranks, ["-m", "tprt", *arguments], max_restarts)
+    return _launch_interactive(ranks, arguments)
+
+
+def _launch_interactive(ranks: int, arguments: list[str]) -> int:
     # Ranks that each take every core slow one another down many times over.
     threads = max(1, (os.cpu_count() or 1) // ranks)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -55,14 +66,14 @@ def launch_local(ranks: int, arguments: list[str], *, interactive: bool = False)
         max_restarts=0,
         monitor_interval=0.1,
         metrics_cfg={},
-        signals_to_handle=ENDING if interactive else f"{ENDING},SIGINT",
+        signals_to_handle=ENDING,
     )
     try:
-        with _terminal_signals_handed_on(ranks) if interactive else contextlib.nullcontext():
+        with _terminal_signals_handed_on(ranks):
             elastic_launch(config, sys.executable)("-m", "tprt", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if interactive and failure.exitcode == -signal.SIGINT:  # before it had a handler
+        if failure.exitcode == -signal.SIGINT:  # before it had a handler
             return EXIT_SIGINT
         if failure.exitcode < 0:
             raise PeerLost(

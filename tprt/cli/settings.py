@@ -6,84 +6,40 @@ with where it stands, what is wrong and the nearest valid key. Relative paths ar
 current directory, not to the YAML file.
 
 This file knows the names of settings and nothing of YAML's syntax, models, ranks or engines; it
-imports no torch.
+imports no torch. Kinds of values that several settings share are in ``setting_types``.
 """
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
+from tprt.cli.setting_types import (
+    Dtype,
+    ExpandedPath,
+    Memory,
+    Seconds,
+    Seed,
+    Shard,
+    Share,
+    Size,
+)
 from tprt.cli.strict_yaml import Entry, Mistake, Origin, read_yaml_file, read_yaml_value
 from tprt.config import DTYPE_ALIASES, DTYPES, EngineConfig, TrimVocab, parse_trim_vocab
 from tprt.errors import ConfigError
-from tprt.sampling_params import MAX_SEED, SamplingParams
+from tprt.sampling_params import SamplingParams
 
-MAX_SIZE, MAX_MEMORY = 2**31 - 1, 2**50
+MAX_RANKS, MAX_RESTARTS = 4096, 100
 SHOWN_MISTAKES = 20
 ENV_PREFIX = "TPRT_"
 
-_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)([kKmMgG])")
-_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _DEFAULTS = EngineConfig()
-
-
-def parse_size(value: object) -> object:
-    """``16K`` is 16 * 1024, ``2k`` is 2 * 1000, as in vLLM; what is no such text passes unchanged.
-
-    Raises:
-        ValueError: text that is no size, or no whole number (``0.5K`` has a binary suffix).
-    """
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value.strip())
-    if not match:
-        raise ValueError("must be a whole number or a size such as 16K (16384) or 2k (2000)")
-    number, unit = match.groups()
-    step = 1024 if unit.isupper() else 1000
-    power = "kmg".index(unit.lower()) + 1
-    digits, _, decimals = number.partition(".")
-    if decimals and unit.isupper():
-        raise ValueError("has decimals before a binary unit; 1.5k is 1500, 1536 is 1.5 * 1024")
-    whole, rest = divmod(int(digits + decimals) * step**power, 10 ** len(decimals))
-    if rest:
-        raise ValueError("is not a whole number")
-    return whole
-
-
-def expand_variables(value: object) -> object:
-    """``${NAME}`` in a path becomes the environment variable.
-
-    Raises:
-        ValueError: the variable is unset or empty, or there is a NUL in the path.
-    """
-    if not isinstance(value, str):
-        return value
-    if "\0" in value:
-        raise ValueError("contains NUL")
-
-    def replacement(match: re.Match[str]) -> str:
-        found = os.environ.get(match[1])
-        if not found:  # an empty one would turn ${DIR}/x into /x
-            raise ValueError(f"needs the environment variable {match[1]}, which is not set")
-        return found
-
-    return _VARIABLE.sub(replacement, value)
-
-
-def _dtype(value: object) -> object:
-    return DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
-
-
-Dtype = Annotated[Literal["bfloat16", "float32", "float16"], BeforeValidator(_dtype)]
-ExpandedPath = Annotated[str, BeforeValidator(expand_variables)]
-Size = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=MAX_SIZE)]
-Memory = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=MAX_MEMORY)]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -106,9 +62,18 @@ class ModelSettings(_Section):
 
 
 class ParallelSettings(_Section):
-    """``tensor``: ranks that share the model; None is the number of ranks launched."""
+    """``tensor``: ranks that share a model; None is the number of ranks launched, over ``data``.
 
-    tensor: Annotated[int, Field(ge=1, le=4096)] | None = None
+    ``data``: replicas of the model, each of ``tensor`` ranks, which share the records of a job.
+    """
+
+    tensor: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
+    data: Annotated[int, Field(ge=1, le=MAX_RANKS)] = 1
+
+    @property
+    def world_size(self) -> int | None:
+        """Ranks of all replicas; None where ``tensor`` follows from what was launched."""
+        return None if self.tensor is None else self.tensor * self.data
 
 
 class EngineSettings(_Section):
@@ -128,15 +93,25 @@ class EngineSettings(_Section):
     fuse_kernels: bool = _DEFAULTS.fuse_kernels
     enforce_eager: bool = _DEFAULTS.enforce_eager
     one_shot_all_reduce: bool = _DEFAULTS.one_shot_all_reduce
-    step_timeout: Annotated[float, Field(gt=0, lt=1e9)] = _DEFAULTS.step_timeout
-    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] = _DEFAULTS.seed
+    step_timeout: Seconds = _DEFAULTS.step_timeout
+    load_timeout: Seconds = _DEFAULTS.load_timeout
+    seed: Seed = _DEFAULTS.seed
 
 
 class JobSettings(_Section):
-    """Files of a batch job."""
+    """A batch job.
+
+    ``shard``: ``i/N``, the part of the input that this job answers; None is all of it. ``seed``: of
+    records that bring none; None is ``engine.seed``. ``log_format``: of the progress on stderr.
+    ``max_restarts``: how often the launcher starts the ranks again after a failure; the job resumes.
+    """
 
     input: ExpandedPath | None = None
     output: ExpandedPath | None = None
+    shard: Shard | None = None
+    seed: Seed | None = None
+    log_format: Literal["text", "json"] = "text"
+    max_restarts: Annotated[int, Field(ge=0, le=MAX_RESTARTS)] = 0
 
 
 class ServerSettings(_Section):
@@ -160,6 +135,54 @@ class Settings(_Section):
         """What a request gets that says nothing of its own."""
         return self.sampling
 
+    @property
+    def job_seed(self) -> int:
+        """What the seeds of records come from that bring none."""
+        return self.engine.seed if self.job.seed is None else self.job.seed
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> value as JSON and YAML have it, in the order of their definition.
+
+        Read as a settings file it gives the same settings.
+        """
+        sections = self.model_dump()
+        return {name: _listed(keys) for name, keys in sections.items() if keys}
+
+    def digest(self) -> str:
+        """12 hex digits of a SHA-256 over all values: the same for equal ones, whatever their source."""
+        text = json.dumps(_canonical(self.plain()), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _listed(value: Any) -> Any:
+    """With lists where there are tuples."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _canonical(value: Any) -> Any:
+    """1.0 and 1 are one number; all else stays."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    """Settings, and where those that somebody gave were given.
+
+    Args:
+        settings: checked.
+        origins: ``section.key`` -> file with line, variable, ``--set`` or flag. A key that is not here
+            has its default.
+    """
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+
 
 SECTIONS: dict[str, type[_Section]] = {
     "model": ModelSettings,
@@ -171,7 +194,7 @@ SECTIONS: dict[str, type[_Section]] = {
 KEYS = {name: frozenset(section.model_fields) for name, section in SECTIONS.items()}
 KEYS["sampling"] = frozenset(f.name for f in fields(SamplingParams))
 SHOWN_SECTIONS = sorted(name for name, keys in KEYS.items() if keys)
-PATH_KEYS = {"model.path", "model.tokenizer", "job.input", "job.output"}
+PATH_KEYS = {"model.path", "model.tokenizer", "engine.record_path", "job.input", "job.output"}
 
 
 def load_settings(
@@ -179,7 +202,16 @@ def load_settings(
     overrides: Iterable[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from all sources, later ones winning.
+    """The settings of ``resolve_settings``, for whom their origins are of no interest."""
+    return resolve_settings(config_path, overrides, flags).settings
+
+
+def resolve_settings(
+    config_path: str | None,
+    overrides: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> ResolvedSettings:
+    """Settings from all sources, later ones winning, with the source of each.
 
     Args:
         config_path: a YAML file, or None.
@@ -205,7 +237,7 @@ def load_settings(
         _check_combinations(settings, values, mistakes)
     if mistakes:
         raise _report(mistakes, config_path)
-    return settings
+    return ResolvedSettings(settings, {key: entry.origin for key, entry in values.items()})
 
 
 # ---------------------------------------------------------------- sources
@@ -360,6 +392,7 @@ def _explain(detail: Any, value: object) -> str:
         "greater_than_equal": "allowed is no less than {ge}",
         "less_than_equal": "allowed is no more than {le}",
         "greater_than": "allowed is more than {gt}",
+        "less_than": "allowed is less than {lt}",
     }
     if kind in limits:
         return f"is {shown}, {limits[kind].format(**context)}"
@@ -378,6 +411,7 @@ def _check_combinations(
     settings: Settings, values: Mapping[str, Entry], mistakes: list[Mistake]
 ) -> None:
     engine, sampling, job = settings.engine, settings.sampling, settings.job
+    parallel = settings.parallel
 
     def note(key: str, message: str) -> None:
         if key in values:  # defaults do not contradict what the user said
@@ -390,8 +424,14 @@ def _check_combinations(
             f"{sampling.max_tokens} new tokens and a prompt do not fit into "
             f"engine.max_model_len {longest}",
         )
-    if job.input and job.output and os.path.realpath(job.input) == os.path.realpath(job.output):
-        note("job.output", f"is the input file {job.input!r}, which would be overwritten")
+    if job.input and job.output:
+        # Of a shard, and of all shards joined.
+        shard = job.output + (f".{job.shard.replace('/', '-of-')}" if job.shard else "")
+        written = {os.path.realpath(path) for path in (job.output, shard)}
+        if os.path.realpath(job.input) in written:
+            note("job.output", f"is the input file {job.input!r}, which would be overwritten")
+    if engine.record_path and parallel.data > 1:
+        note("engine.record_path", f"{parallel.data} replicas (parallel.data) would write one file")
 
 
 def _shown(value: object) -> str:

@@ -1,6 +1,7 @@
 """The collectives the project uses. Each is the identity at size 1. Knows tensors and groups only."""
 
 import json
+import re
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol
@@ -8,29 +9,63 @@ from typing import Any, Protocol
 import torch
 from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
+from tprt.distributed.progress import Progress
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import PeerLost
+from tprt.faults import fault_point
 
+# A wait for the host is done in slices, so that a signal, or what the watch found, ends it.
+SLICE = timedelta(seconds=0.25)
 _PEER_GONE = ("connection", "timed out", "timeout", "broken pipe", "reset by peer", "nccl")
 
 
-def _wait(start: Callable[[], Any], tp: TPGroup) -> None:
+def _wait(start: Callable[[], Any], tp: TPGroup, what: str, on_host: bool) -> None:
     """Start a collective and wait for it; a peer that is gone is a ``PeerLost``.
 
-    On a GPU the wait is the stream's, not the host's.
+    Args:
+        what: its name.
+        on_host: on a GPU the wait is the stream's.
     """
+    progress = tp.progress
+    fault = fault_point("collective", what)
+    if fault == "skip":
+        return
+    progress.wait_for(what, collective=what != "record")
     try:
+        if fault == "extra":
+            _finish(start(), progress, on_host)
         work = start()
         if work is not None:  # newer backends give none where nothing is left to wait for
-            work.wait()
+            _finish(work, progress, on_host)
+        progress.go_on()
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in _PEER_GONE):
             raise  # out of memory, a dtype the backend lacks: not a peer's doing
         raise PeerLost(
-            f"a collective failed: {str(error).splitlines()[0]}",
+            f"a collective failed: {_short(error)}",
             where=f"rank {tp.rank} of {tp.size}",
             hint="another rank has died or is stuck; look for its own message",
         ) from error
+
+
+def _short(error: RuntimeError) -> str:
+    """Without the place in the backend's source, and its advice."""
+    text = str(error).splitlines()[0]
+    return re.sub(r"^\[\S+\] ", "", text).partition(". This is ")[0]
+
+
+def _finish(work: Any, progress: Progress, on_host: bool) -> None:
+    while on_host:
+        try:
+            work.wait(SLICE)
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            progress.check()
+        finally:
+            progress.stuck = not work.is_completed()
+    work.wait()
 
 
 class OneShot(Protocol):
@@ -58,7 +93,8 @@ def all_reduce(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     if tp.size > 1:
         options = AllreduceOptions()
         options.asyncOp = False  # NCCL then queues on the current stream, which a graph captures
-        _wait(lambda: tp.device_group.allreduce([x], options), tp)
+        on_host = not x.is_cuda
+        _wait(lambda: tp.device_group.allreduce([x], options), tp, "all_reduce", on_host)
     return x
 
 
@@ -72,7 +108,8 @@ def all_gather(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype, device=x.device)
     options = AllgatherOptions()
     options.asyncOp = False
-    _wait(lambda: tp.device_group._allgather_base(out, x.flatten(), options), tp)
+    flat, on_host = x.flatten(), not x.is_cuda
+    _wait(lambda: tp.device_group._allgather_base(out, flat, options), tp, "all_gather", on_host)
     return out.view(tp.size, *x.shape)
 
 
@@ -90,7 +127,7 @@ def broadcast_record(
         options.rootRank, options.rootTensor = 0, 0
         if timeout is not None:
             options.timeout = timeout
-        _wait(lambda: tp.control_group.broadcast([words], options), tp)
+        _wait(lambda: tp.control_group.broadcast([words], options), tp, "record", on_host=True)
     return words
 
 
@@ -109,5 +146,5 @@ def gather_json(value: Any, tp: TPGroup) -> list[Any]:
 def _gather_host(x: torch.Tensor, tp: TPGroup) -> torch.Tensor:
     """[n] of each rank -> [size * n], on the host."""
     out = torch.empty(tp.size * x.numel(), dtype=x.dtype)
-    _wait(lambda: tp.cpu_group._allgather_base(out, x), tp)
+    _wait(lambda: tp.cpu_group._allgather_base(out, x), tp, "gather", on_host=True)
     return out

@@ -5,11 +5,12 @@ exists on paper, so one process can build rank 3 of 4 in a test or for a plan. T
 model.
 """
 
+import ctypes
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
+from tprt.distributed.progress import Progress
 from tprt.errors import ConfigError, PeerLost
 
 CPU = torch.device("cpu")
@@ -43,6 +45,8 @@ class TPGroup:
         one_shot: small sums and gathers over memory that ranks share, as ``communication.OneShot``;
             None where there is none.
         shared_memory: what ``one_shot`` works in, with a ``close``.
+        progress: what this rank is doing, for the watch over the ranks.
+        launch_ranks: of this group's ranks, their numbers in the launch.
     """
 
     rank: int = 0
@@ -55,6 +59,8 @@ class TPGroup:
     owns_default_group: bool = False
     one_shot: Any = None
     shared_memory: Any = None
+    progress: Progress = field(default_factory=Progress, compare=False)
+    launch_ranks: tuple[int, ...] = (0,)
 
     @property
     def graphs_hold_all(self) -> bool:
@@ -70,6 +76,16 @@ class TPGroup:
         if self.device.type == "cuda" and self.device_group is not self.cpu_group:
             self.device_group.abort()
 
+    def abandon(self) -> None:
+        """Instead of ``close`` after a failure: nothing waits for a peer that does not answer.
+
+        To destroy a group whose collective hangs would take until its timeout, so the groups stay.
+        """
+        self.abort()
+        for group in (self.device_group, self.cpu_group, self.control_group):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        self._destroy_default_group()  # in which nothing of ours is ever under way
+
     def close(self) -> None:
         """Shut down what ``init_tp_group`` made, and only that."""
         if self.shared_memory is not None:
@@ -77,6 +93,9 @@ class TPGroup:
         groups = self.device_group, self.cpu_group, self.control_group
         for group in {id(g): g for g in groups if g}.values():
             group.shutdown()
+        self._destroy_default_group()
+
+    def _destroy_default_group(self) -> None:
         if self.owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -101,13 +120,30 @@ def default_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init_tp_group(group: Any = None, device: torch.device | str | None = None) -> TPGroup:
+def launch_store(name: str) -> Any:
+    """What the ranks of the launch meet through: a connection of its own, under a prefix ``name``.
+
+    Under a launcher only. A restarted launch meets under a prefix of its own.
+
+    Raises:
+        PeerLost: the store could not be reached.
+    """
+    if "store" not in _launch:
+        _launch["store"] = _rendezvous()[0]
+    return PrefixStore(f"tprt/{_attempt()}/{name}", _launch["store"].clone())
+
+
+def init_tp_group(
+    group: Any = None, device: torch.device | str | None = None, progress: Progress | None = None
+) -> TPGroup:
     """Make this rank's ``TPGroup``, with child groups of its own over the ranks of ``group``.
 
     Args:
-        group: a process group, a one-dimensional DeviceMesh, or None for the world. Under a launcher
-            without any group yet, the default group is made here and removed by ``close``.
+        group: a process group, a one-dimensional DeviceMesh, ranks of the launch in ascending order,
+            or None for the world. Under a launcher without any group yet, the default group is made
+            here and removed by ``close``.
         device: where to compute; None picks this rank's GPU, else the CPU.
+        progress: that a watch reads; None makes one.
 
     Raises:
         ConfigError: ``group`` is of another kind, or this rank is not in it.
@@ -121,13 +157,14 @@ def init_tp_group(group: Any = None, device: torch.device | str | None = None) -
             f"device is {device}, but torch finds no GPU here", hint="device auto or cpu"
         )
     owns_default = False
-    if group is None and not dist.is_initialized():
+    if (group is None or isinstance(group, list)) and not dist.is_initialized():
         if launched_size() == 1:
-            return TPGroup(device=device)
+            return TPGroup(device=device, progress=progress or Progress())
         _init_default_group()
         owns_default = True
     try:
-        return _child_groups(group, device, owns_default)
+        tp = _child_groups(group, device, owns_default)
+        return replace(tp, progress=progress or tp.progress)
     except BaseException:
         if owns_default:
             dist.destroy_process_group()
@@ -142,7 +179,7 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
             hint="make the LLM only on the ranks of its group",
         )
     if len(ranks) == 1:
-        return TPGroup(device=device, owns_default_group=owns_default)
+        return TPGroup(device=device, owns_default_group=owns_default, launch_ranks=tuple(ranks))
     rank, size = ranks.index(dist.get_rank()), len(ranks)
     # Backends of our own, not dist.new_group: that needs every rank of the world to take part, or,
     # with local synchronisation, names the group by how many groups this rank is in. Ranks of a mesh
@@ -153,6 +190,7 @@ def _child_groups(group: Any, device: torch.device, owns_default: bool) -> TPGro
     cpu_group = ProcessGroupGloo(PrefixStore("cpu", store), rank, size, HOST_TIMEOUT)
     control_group = ProcessGroupGloo(PrefixStore("control", store), rank, size, HOST_TIMEOUT)
     tp = TPGroup(rank, size, device, cpu_group, cpu_group, control_group, store, owns_default)
+    tp = replace(tp, launch_ranks=tuple(ranks))
     return replace(tp, device_group=new_device_group(tp, "device"))
 
 
@@ -204,12 +242,15 @@ def _own_connection() -> Any:
     return store.clone()
 
 
+_launch: dict[str, Any] = {}
 _made: Counter[str] = Counter()  # groups made so far over the same ranks; members count alike
 
 
 def _ranks_of(group: Any) -> list[int]:
     if group is None:
         return list(range(dist.get_world_size()))
+    if isinstance(group, list):
+        return group
     if isinstance(group, dist.ProcessGroup):
         return dist.get_process_group_ranks(group)
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
@@ -228,20 +269,37 @@ def _ranks_of(group: Any) -> list[int]:
 def _init_default_group() -> None:
     # A restarted job meets under a prefix of its own, and so does each default group of a process:
     # the store outlives them, and a rank that reads an old address waits for a peer that is gone.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     _made["default"] += 1
+    if "store" in _launch:
+        store, rank, size = _launch["store"], int(os.environ["RANK"]), launched_size()
+    else:
+        store, rank, size = _rendezvous()
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=INIT_TIMEOUT)))
         dist.init_process_group(
             "gloo",
-            store=PrefixStore(f"tprt/{attempt}/{_made['default']}", store),
+            store=PrefixStore(f"tprt/{_attempt()}/{_made['default']}", store),
             rank=rank,
             world_size=size,
             timeout=HOST_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
-        raise PeerLost(
-            f"the ranks could not meet: {str(error).splitlines()[0]}",
-            where=f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}",
-            hint="check MASTER_ADDR and MASTER_PORT, and that every rank was started",
-        ) from error
+        raise _could_not_meet(error) from error
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _rendezvous() -> tuple[Any, int, int]:
+    try:
+        return next(iter(rendezvous("env://", timeout=INIT_TIMEOUT)))
+    except (RuntimeError, ValueError) as error:
+        raise _could_not_meet(error) from error
+
+
+def _could_not_meet(error: Exception) -> PeerLost:
+    return PeerLost(
+        f"the ranks could not meet: {str(error).splitlines()[0]}",
+        where=f"rank {os.environ.get('RANK', '?')} of {os.environ.get('WORLD_SIZE', '?')}",
+        hint="check MASTER_ADDR and MASTER_PORT, and that every rank was started",
+    )

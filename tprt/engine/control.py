@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from tprt.distributed.communication import broadcast_record
+from tprt.distributed.progress import Progress
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.step_record import (
     HEADER_WORDS,
@@ -49,6 +51,8 @@ class ControlChannel:
 
     def __init__(self, tp: TPGroup, record_file: BinaryIO | None = None) -> None:
         self.tp, self.record_file = tp, record_file
+        # What the heartbeat thread waits for is no movement of this rank.
+        self._beating = replace(tp, progress=Progress())
         self.lost = False  # ``send`` has raised PeerLost: nobody can be told anything any more
         self._failure: PeerLost | None = None
         # Held over all messages of one record, and over no other collective.
@@ -85,7 +89,7 @@ class ControlChannel:
                 if (lost := self._failure) is not None:
                     raise PeerLost(lost.what, where=lost.where, hint=lost.hint) from lost
                 words = self.keep(record)
-                self._broadcast(words, timeout)
+                self._broadcast(words, timeout, self.tp)
             except PeerLost:
                 self.lost = True
                 raise
@@ -95,15 +99,15 @@ class ControlChannel:
             self._sent_at = time.monotonic()
         return int(words[6])
 
-    def _broadcast(self, words: Ints, timeout: timedelta | None) -> None:
+    def _broadcast(self, words: Ints, timeout: timedelta | None, tp: TPGroup) -> None:
         if self.tp.size == 1:
             return
         first = np.zeros(FIRST_WORDS, dtype=np.int64)
         first[: min(len(words), FIRST_WORDS)] = words[:FIRST_WORDS]
         try:
-            broadcast_record(torch.from_numpy(first), self.tp, timeout)
+            broadcast_record(torch.from_numpy(first), tp, timeout)
             if len(words) > FIRST_WORDS:
-                broadcast_record(torch.from_numpy(words[FIRST_WORDS:].copy()), self.tp, timeout)
+                broadcast_record(torch.from_numpy(words[FIRST_WORDS:].copy()), tp, timeout)
         except PeerLost as error:
             self._failure = error
             raise
@@ -160,7 +164,7 @@ class ControlChannel:
             # Between calls the others do nothing but listen; in a call their step may take long.
             timeout = None if self._in_call else silence_limit(record)
             try:
-                self._broadcast(record.encode(), timeout)
+                self._broadcast(record.encode(), timeout, self._beating)
             except Exception:
                 self._stop.set()  # ``send`` raises what happened
             self._sent_at = time.monotonic()

@@ -28,6 +28,7 @@ from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
 from tprt.engine.step_result import StepResult
 from tprt.errors import RankMismatch, StepTimeout, TprtError
+from tprt.faults import fault_point
 from tprt.kernels.noise import NON_FINITE
 from tprt.tokenizer import Detokenizer, Tokenizer
 
@@ -92,6 +93,12 @@ class LLMEngine:
 
     def step(self) -> list[Sequence]:
         """Plan, send and run one step, and read an earlier one; the sequences that have ended."""
+        self.tp.progress.enter("schedule")
+        ended = self._step()
+        self.tp.progress.enter("idle")  # what the caller does between steps is its own business
+        return ended
+
+    def _step(self) -> list[Sequence]:
         ahead = self._look_ahead(self.scheduler.running)
         ended = self._read_all() if len(self._in_flight) > ahead else []
         if not self._in_flight:
@@ -147,7 +154,7 @@ class LLMEngine:
 
     def _check(self, result: StepResult) -> list[int]:
         try:
-            return result.check()
+            return result.check(self.tp.progress)
         except RankMismatch:
             self.broken = True
             raise
@@ -229,8 +236,13 @@ class LLMEngine:
         """
         if self.tp.rank == 0:
             text = name.encode()
+            self._enter_call(name)
             self.control.send(StepRecord(step=self._next_number(), kind=Kind.CALL, text=text))
         self._agree_on_call(name)
+
+    def _enter_call(self, name: str) -> None:
+        self.tp.progress.enter(name)
+        fault_point(f"call.{name}")
 
     def _agree_on_call(self, name: str | None) -> None:
         for rank, other in enumerate(calls := gather_json(name, self.tp)):
@@ -251,6 +263,7 @@ class LLMEngine:
         answer = {"value": value, "error": error and error.to_json()}
         text = json.dumps(answer).encode() if self.wants_answer else b""
         self.control.send(StepRecord(step=self._next_number(), kind=Kind.RETURN, text=text))
+        self.tp.progress.enter("idle")
 
     def close(self) -> None:
         """Rank 0 lets the others leave ``follow``, where all are in it; every rank destroys its graphs.
@@ -282,11 +295,14 @@ class LLMEngine:
         """
         logits: list[torch.Tensor] = []
         timeout: timedelta | None = None  # of a follower that has heard a heartbeat
+        call = "idle"
         while True:
+            self.tp.progress.enter(call)
             record, checksum = self.control.receive(timeout)
             if name is None:
                 timeout = silence_limit(record) or timeout
             if record.kind == Kind.CALL:
+                self._enter_call(call := record.text.decode())
                 self._agree_on_call(name)
             elif record.kind == Kind.STEP:
                 self._following.append(self._execute(record, checksum))
@@ -302,6 +318,7 @@ class LLMEngine:
                     )
                 if record.kind == Kind.HEARTBEAT:
                     continue
+                call = "idle"
                 answer = json.loads(record.text)
                 if name is not None:
                     if answer["error"] is not None:

@@ -36,6 +36,7 @@ from tprt.engine.step_record import (
 from tprt.engine.step_result import StepResult
 from tprt.engine.transfer import download, upload
 from tprt.errors import StepTimeout
+from tprt.faults import fault_point
 from tprt.kernels import kernels_for
 from tprt.log import get_logger
 from tprt.models.persimmon import PersimmonForCausalLM
@@ -57,6 +58,14 @@ def warm_up_shapes(max_tokens: int, max_model_len: int, max_rows: int) -> list[l
         most.append(max_tokens % longest)
     chunks = [[min(length, longest)] for length in (64, 16)]
     return [most, *chunks, [1] * min(max_rows, max_tokens)]
+
+
+def _kind(record: StepRecord) -> str:
+    """Steps of one kind enter the same collectives in the same order."""
+    flags = record.rows[:, 3]
+    if (flags & ~DRAW).any():
+        return f"step {record.step}"  # scores prompts, a number of collectives of its own
+    return f"{record.full} {record.logprobs >= 0} {bool((flags & DRAW).any())}"
 
 
 class ModelRunner:
@@ -195,6 +204,9 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, record: StepRecord, checksum: int) -> StepResult:
         """Queue one STEP record. ``checksum`` is the CRC this rank found in it."""
+        phase = "decode" if (record.rows[:, 2] == 1).all() else "prefill"
+        self.tp.progress.enter(phase, record.step, kind=_kind(record))
+        fault_point(phase)
         with self._on_device():
             self._apply(record)
             if self.graphs is not None and self.graphs.serves(record):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tprt.distributed.progress import Progress
 from tprt.engine.digest import FIELDS, check_digests
 from tprt.engine.logprobs import Logprobs
 from tprt.engine.transfer import Download, download
@@ -38,14 +39,19 @@ class StepResult:
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
 
-    def check(self) -> list[int]:
+    def check(self, progress: Progress) -> list[int]:
         """The tokens, once every rank is known to have computed the same step.
+
+        Args:
+            progress: of this rank; its failure ends the wait.
 
         Raises:
             StepTimeout: the device has not finished the step in time.
             RankMismatch: the digests differ.
         """
-        self.words.wait(f"step {self.step}", self.timeout)
+        progress.wait_for("the device", collective=False)
+        self.words.wait(f"step {self.step}", self.timeout, progress.check)
+        progress.go_on()
         words = self.words.tensors[0]
         if self.num_digests:
             check_digests(self.step, words[-self.num_digests :].view(-1, len(FIELDS)))

@@ -1,6 +1,7 @@
 """Host to device and back without making the host wait. Knows tensors and devices only."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,8 +33,12 @@ class Download:
     tensors: tuple[torch.Tensor, ...]
     done: torch.cuda.Event | None
 
-    def wait(self, what: str, seconds: float) -> None:
-        """Raises StepTimeout, naming ``what``, when the device has not come this far in ``seconds``."""
+    def wait(self, what: str, seconds: float, check: Callable[[], None] | None = None) -> None:
+        """Raises StepTimeout, naming ``what``, when the device has not come this far in ``seconds``.
+
+        Args:
+            check: called while there is time; what it raises ends the wait.
+        """
         if self.done is None or self.done.query():  # type: ignore[no-untyped-call]
             return
         began = time.monotonic()
@@ -47,6 +52,8 @@ class Download:
                 )
             if waited > SPIN_SECONDS:
                 time.sleep(50e-6)
+                if check is not None:
+                    check()
 
 
 def download(tensors: tuple[torch.Tensor, ...]) -> Download:

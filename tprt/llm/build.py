@@ -84,6 +84,7 @@ def build_runner(
         if tp.device.type == "cuda":
             # Each stream keeps memory of its own: what loading has left cannot serve steps.
             torch.cuda.empty_cache()
+        tp.progress.enter("warm-up")
         with phase("warm-up"):
             runner.warm_up(engine.max_num_batched_tokens)
         with phase("capture"):

@@ -7,7 +7,7 @@ root logger nor stdout. Knows no command line and no HTTP.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any, Literal, cast
@@ -19,6 +19,7 @@ from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import RotaryPrecision
 from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
 from tprt.distributed.vocabulary import show_ranges
+from tprt.distributed.watch import Watch
 from tprt.engine.control import following_key, read_records
 from tprt.engine.input_processor import InputProcessor, Prompt
 from tprt.engine.llm_engine import LLMEngine
@@ -43,6 +44,7 @@ from tprt.llm.startup import (
     resolve_vocabulary,
     same_file,
     settle_collectives,
+    start_watch,
     together,
 )
 from tprt.llm.timing import StartupTimes, beside, log_startup, seconds_since_start
@@ -73,6 +75,9 @@ class LLM:
             unused, or ranges of a first and a last id, as ``[(3, 70002)]``. All ids keep their numbers.
         group: a process group or one-dimensional DeviceMesh to cut the model over; None is the world.
         device: where to compute; None is this rank's GPU, else the CPU.
+        watch: a watch over the ranks that runs already; it stays the caller's. None starts one where
+            there are several ranks: a rank that died, raised or does not move any more is then named
+            by a ``PeerLost`` on all others.
         **engine: the other fields of ``EngineConfig``.
 
     Attributes:
@@ -98,6 +103,7 @@ class LLM:
         trim_vocab: Literal["off", "reserved"] | Sequence[Sequence[int]] = "off",
         group: Any = None,
         device: torch.device | str | None = None,
+        watch: Watch | None = None,
         **engine: Any,
     ) -> None:
         began = time.perf_counter()
@@ -120,8 +126,11 @@ class LLM:
             self.config.max_position_embeddings
         )
 
-        self.tp = init_tp_group(group, device)
+        self.tp = init_tp_group(group, device, None if watch is None else watch.progress)
+        self._watch: Watch | None = None
         try:
+            self._watch = self._start_watch(watch)
+            self.tp.progress.enter("load")
             check_ranks_agree(self.tp, self._facts(reader))
             self.tp, self.engine_config = settle_collectives(
                 self.tp, self.engine_config, self.config.hidden_size
@@ -130,9 +139,10 @@ class LLM:
                 kernels = kernels_to_compile(self.config, self.tp, self.engine_config)
                 self._build(reader, times, kernels)
             self.startup_times = log_startup(self.tp, times)
+            self.tp.progress.enter("idle")
         except BaseException:
             self.tp.abort()  # kernels that wait for a peer would keep the device
-            self.tp.close()
+            self._leave_ranks(self.tp, failed=True)
             raise
         self._requests: dict[int, RequestStream] = {}
         self._stepping = False
@@ -162,6 +172,26 @@ class LLM:
             time.perf_counter() - began,
         )
 
+    def _start_watch(self, given: Watch | None) -> Watch | None:
+        """A watch of this LLM's own, unless it was given one or is alone."""
+        if self.tp.size == 1:
+            return None
+        if given is not None:
+            self.tp.progress.group = self.tp.launch_ranks
+            return None
+        self.tp.progress.group = tuple(range(self.tp.size))
+        return start_watch(self.tp, self.engine_config)
+
+    def _leave_ranks(self, tp: TPGroup, failed: bool) -> None:
+        """Take down watch and groups; nothing waits for a peer that does not answer."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close(failed or tp.progress.failure is not None)
+        if tp.progress.stuck:
+            tp.abandon()
+        else:
+            tp.close()
+
     def _build(
         self,
         reader: CheckpointReader,
@@ -182,7 +212,7 @@ class LLM:
             ).eval()
             ahead = compile_kernels if self.tp.device.type == "cuda" else None
             with beside(ahead, self.tp.device, times.phase("warm-up")), times.phase("load"):
-                times.load = load_weights(model, reader)
+                times.load = load_weights(model, reader, tick=self.tp.progress.move)
             model.finish_loading()
             return model
 
@@ -545,6 +575,14 @@ class LLM:
                 )
         return calls
 
+    def calling(self, name: str) -> AbstractContextManager[object]:
+        """Rank 0: work of the caller's own, during which the others in ``follow`` say what goes on.
+
+        Args:
+            name: of the phase, as ``write``; peers that are asked what they do answer with it.
+        """
+        return self._leading(name)
+
     def follow(self) -> None:
         """On ranks above 0: take part in whatever rank 0 calls, until it closes.
 
@@ -580,11 +618,13 @@ class LLM:
         # A closed LLM keeps its rank and size; with the groups go their threads and sockets.
         tp, self.tp = self.tp, TPGroup(self.tp.rank, self.tp.size, self.tp.device)
         self._requests.clear()
+        failed = True
         try:
             engine.close()
+            failed = engine.control.lost or engine.broken
         finally:
             del engine
-            tp.close()
+            self._leave_ranks(tp, failed)
             if tp.device.type == "cuda":
                 torch.cuda.empty_cache()
             if self._record_file is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore
 
 from tprt.checkpoint import CheckpointReader
 from tprt.config import (
@@ -21,7 +22,9 @@ from tprt.config import (
 from tprt.distributed.communication import gather_json
 from tprt.distributed.self_test import check_captured_collectives
 from tprt.distributed.tp_group import TPGroup
+from tprt.distributed.verdict import Limits
 from tprt.distributed.vocabulary import Vocabulary
+from tprt.distributed.watch import Watch
 from tprt.engine.digest import FIELDS
 from tprt.engine.step_record import MAX_BUCKET
 from tprt.errors import (
@@ -107,6 +110,19 @@ def resolve_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, asked: obje
     if tokenizer is not None:
         tokenizer.check_removable(vocabulary.removed)
     return vocabulary
+
+
+def start_watch(tp: TPGroup, engine: EngineConfig) -> Watch:
+    """A watch over the ranks of ``tp`` alone, for a library: it raises, and ends no process.
+
+    What a rank waits for ends within a moment of the failure: waits on the host look at
+    ``tp.progress``, collectives of a device are aborted.
+    """
+    store = PrefixStore("watch", tp.store.clone())
+    limits = Limits(engine.step_timeout, engine.load_timeout)
+    return Watch(
+        store, tp.rank, tp.size, limits, on_failure=lambda _: tp.abort(), progress=tp.progress
+    ).start()
 
 
 def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:

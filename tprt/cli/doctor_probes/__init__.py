@@ -1,0 +1,1 @@
+"""What ``tprt doctor`` looks at: a file per part of a machine, each probe a function to a ``Check``."""

@@ -1,0 +1,238 @@
+"""How the ranks of this program watch one another, and how they end: together, by name, within seconds.
+
+Knows the watch, signals and the terminal; what is to be done before a process leaves, as closing a
+journal, is handed in.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from tprt.cli.common import Terminated
+from tprt.distributed.failure import INTERRUPTED, Failure
+from tprt.distributed.tp_group import launch_store, launched_size
+from tprt.distributed.verdict import Limits
+from tprt.distributed.watch import Watch
+from tprt.errors import EXIT_BUG, EXIT_SIGINT, EXIT_SIGTERM, PeerLost, TprtError, out_of_memory
+from tprt.log import report
+
+# The main thread is given this long to end by itself: after a failure elsewhere, after a signal.
+FAILURE_GRACE, SIGNAL_GRACE = 1.0, 3.0
+DONE_SECONDS = 5.0
+ENDING = (signal.SIGTERM, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+DETECT = "TPRT_WATCH"
+SHOWN_STACK_LINES = 12
+
+
+class Ending:
+    """How a process that has no peers ends: it saves its work, also when its main thread is stuck.
+
+    Attributes:
+        watch: over the ranks; None without peers.
+        before_end: called once with the failure before the process leaves; must not block long.
+    """
+
+    def __init__(self) -> None:
+        self.watch: Watch | None = None
+        self.before_end: list[Callable[[Failure], None]] = []
+        self._claimed = threading.Lock()
+
+    def close(self) -> None:
+        """The work is done."""
+
+    def end(self, error: BaseException) -> None:
+        """Save what can be saved; the caller goes on to tell of ``error``."""
+        if self._claimed.acquire(blocking=False):
+            self._save(_alone(error))
+
+    def on_signal(self, number: int) -> None:
+        """On a thread of its own: the main thread may be where no Python handler runs."""
+        time.sleep(SIGNAL_GRACE)
+        if self._claimed.acquire(blocking=False):
+            name = signal.Signals(number).name
+            self._save(_alone(Terminated(name)))
+            _say(f"tprt: ended by {name}")
+            os._exit(EXIT_SIGTERM)
+
+    def _save(self, failure: Failure) -> None:
+        for hook in self.before_end:
+            with contextlib.suppress(Exception):  # what failed has been told; the code stays
+                hook(failure)
+
+
+class RankEnding(Ending):
+    """How a rank among others ends: with all of them, and with the name of the first that failed.
+
+    Args:
+        debug: print tracebacks.
+    """
+
+    watch: Watch
+
+    def __init__(self, limits: Limits, debug: bool) -> None:
+        super().__init__()
+        self.debug = debug
+        rank, parent = int(os.environ["RANK"]), os.getppid()
+        _die_with(parent, rank)
+        detect = frozenset(filter(None, os.environ.get(DETECT, ",".join(Watch.ALL)).split(",")))
+        self.watch = Watch(
+            launch_store("watch"), rank, launched_size(), limits, self._on_failure, parent, detect
+        ).start()
+
+    def close(self) -> None:
+        """The work of this rank is done. Rank 0, whose code counts, leaves last."""
+        if self.watch.rank == 0:
+            self.watch.wait_for_others(DONE_SECONDS)
+        self.watch.close()
+
+    def end(self, error: BaseException) -> NoReturn:
+        """Leave because of ``error``, or of what is behind it; from the main thread."""
+        _deaf_to_signals()
+        watch = self.watch
+        if self.debug:
+            traceback.print_exception(error)
+        if isinstance(error, Exception) and (told := out_of_memory(error)) is not None:
+            error = told
+        if isinstance(error, Terminated):
+            failure = watch.interrupted(f"ended by {error}", EXIT_SIGTERM)
+        elif isinstance(error, KeyboardInterrupt):
+            failure = watch.interrupted("interrupted", EXIT_SIGINT)
+        elif isinstance(error, PeerLost):
+            if watch.failure is None:
+                _say(f"[rank {watch.rank}] {error.what}; asking which rank was first")
+            failure = watch.explain() or watch.fail(watch.of(error, error.exit_code))
+        else:
+            failure = watch.fail(watch.of(error, _code(error, PeerLost.exit_code)))
+        self._leave(failure, error)
+
+    def _on_failure(self, failure: Failure) -> None:
+        """On the watch's thread. The main thread, told by its waits, may come to ``end`` itself."""
+        time.sleep(FAILURE_GRACE)
+        self._leave(failure, None)
+
+    def on_signal(self, number: int) -> None:
+        """On a thread of its own: the main thread may be where no Python handler runs."""
+        time.sleep(SIGNAL_GRACE)
+        name = signal.Signals(number).name
+        self._leave(self.watch.interrupted(f"ended by {name}", EXIT_SIGTERM), None)
+
+    def _leave(self, failure: Failure, error: BaseException | None) -> NoReturn:
+        if not self._claimed.acquire(blocking=False):
+            time.sleep(3600)  # another thread of this process is leaving
+        _say(self._message(failure, error))
+        self._save(failure)
+        self.watch.end_stuck_peer()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(failure.code)
+
+    def _message(self, failure: Failure, error: BaseException | None) -> str:
+        rank = self.watch.rank
+        if failure.interrupted:
+            return f"tprt: {failure.what}" if rank == failure.rank else ""
+        own = getattr(error, "what", None)
+        if own is not None and rank != failure.rank and failure.what.endswith(own):
+            return ""  # every rank has found the same
+        if rank == failure.rank and error is not None:
+            if isinstance(error, TprtError):
+                return f"tprt: error: {error}"
+            lines = [f"tprt: error: {failure.what}", *failure.stack[-SHOWN_STACK_LINES:]]
+            return "\n".join(
+                [*lines, "  try:   the same command resumes; if it happens again, report it"]
+            )
+        told = [f"tprt: error: ended because of {failure.what}"]
+        told += [f"  where: {failure.place}"] if failure.place else []
+        told += [f"  try:   {failure.hint}"] if failure.hint else []
+        if (
+            failure.kind != "exception"
+            and failure.stack
+            and (rank == 0 or failure.rank in (0, rank))
+        ):
+            told += ["  its last known stack:", *failure.stack[-SHOWN_STACK_LINES:]]
+        return "\n".join(f"[rank {rank}] {line}" for line in told if line)
+
+
+@contextlib.contextmanager
+def ending_together(limits: Limits, debug: bool) -> Iterator[Ending]:
+    """Under a launcher of several ranks the block runs under a watch, and an error in it ends this
+    process together with the others. Alone, an error is raised on after its work was saved.
+    """
+    ending = Ending() if launched_size() == 1 else RankEnding(limits, debug)
+    with _signals_seen(ending.on_signal):
+        try:
+            yield ending
+        except BaseException as error:
+            ending.end(error)
+            raise
+        ending.close()
+
+
+@contextlib.contextmanager
+def _signals_seen(tell: Callable[[int], None]) -> Iterator[None]:
+    """Call ``tell`` on a thread for SIGTERM and SIGUSR1 even while the main thread is in C code."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def read() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in ENDING:
+                tell(number[0])
+
+    threading.Thread(target=read, name="tprt-signals", daemon=True).start()
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)  # the thread reads the end and leaves
+
+
+def _deaf_to_signals() -> None:
+    """A launcher that sees a rank end asks the others to: what this one is about to say comes first."""
+    while True:
+        try:
+            for number in (*ENDING, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            return
+        except (Terminated, KeyboardInterrupt):
+            pass  # it came just before
+
+
+def _die_with(parent: int, rank: int) -> None:
+    """The kernel ends this rank with its launcher; rank 0 by a signal that lets it save its work."""
+    number = signal.SIGTERM if rank == 0 else signal.SIGKILL
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:  # it ended just before
+        os.kill(os.getpid(), number)
+
+
+def _alone(error: BaseException) -> Failure:
+    if isinstance(error, Terminated):
+        return Failure(INTERRUPTED, 0, f"ended by {error}", EXIT_SIGTERM)
+    if isinstance(error, KeyboardInterrupt):
+        return Failure(INTERRUPTED, 0, "interrupted", EXIT_SIGINT)
+    code = _code(error, EXIT_BUG)
+    if isinstance(error, TprtError):
+        return Failure("exception", 0, error.what, code, where=error.where, hint=error.hint)
+    stack = "".join(traceback.format_exception(error)).splitlines()
+    return Failure("exception", 0, f"{type(error).__name__}: {error}", code, stack=stack)
+
+
+def _code(error: BaseException, otherwise: int) -> int:
+    if isinstance(error, TprtError):
+        return error.exit_code
+    told = out_of_memory(error) if isinstance(error, Exception) else None
+    return told.exit_code if told is not None else otherwise
+
+
+def _say(text: str) -> None:
+    if text:
+        report(text)

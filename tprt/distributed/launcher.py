@@ -1,0 +1,281 @@
+"""Starts this host's ranks of a job, alone or with those of other hosts; what launch/torchrun.sh runs.
+
+As torchrun, with three differences. The stores through which ranks meet listen on one address, loopback
+for a single host. The exit code is the job's own instead of 1. A failure that a new start may cure
+starts the ranks again, as new processes that share nothing with the old; one that it cannot cure ends
+the launch. Knows processes and hosts; what a rank does is its command's business.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tprt.distributed import rendezvous
+from tprt.errors import (
+    EXIT_FAILED_RECORDS,
+    EXIT_OK,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    PeerLost,
+    TprtError,
+)
+from tprt.log import say
+
+DEFAULT_PORT = 29400
+MEETING_TIMEOUT = timedelta(minutes=10)
+# torch hands these on to the ranks, and kills those that have not ended SHUTDOWN_SECONDS later.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+SHUTDOWN_SECONDS = "15"
+# Codes after which the same start would end the same way, or is not wanted.
+FINAL = {
+    EXIT_OK,
+    ConfigError.exit_code,
+    CheckpointError.exit_code,
+    EXIT_FAILED_RECORDS,
+    OutputError.exit_code,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+}
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The hosts of a launch as this one sees them.
+
+    Args:
+        rank, count: which node of how many this is.
+        address, port: where they meet, on the node with rank 0.
+        interface: over which this node speaks to the others.
+    """
+
+    rank: int
+    count: int
+    address: str
+    port: int
+    interface: str
+
+
+def find_nodes(
+    count: int, rank: int | None = None, head: str | None = None, interface: str | None = None
+) -> Nodes:
+    """Args:
+        rank: None is SLURM_NODEID, or 0 where ``head`` is this host and 1 for the other of two.
+        head: ``HOST[:PORT]`` of the node with rank 0, by which all know it; only for several nodes.
+        interface: None is the one that leads to the head; loopback for a single node.
+
+    Raises:
+        ConfigError: a name or number is wrong, or more has to be said.
+    """
+    if count == 1:
+        name = interface or rendezvous.interface_towards(rendezvous.LOOPBACK)
+        return Nodes(0, 1, rendezvous.interface_address(name), 0, name)
+    if not head:
+        raise ConfigError(f"{count} nodes need --head", hint="the host name of the first node")
+    host, port = _split(head)
+    address = rendezvous.resolve(host)
+    if rank is None:
+        rank = _guess_rank(count, address)
+    if not 0 <= rank < count:
+        raise ConfigError(f"--node-rank is {rank}, allowed are 0 to {count - 1} (--nnodes)")
+    if rank == 0 and interface:
+        address = rendezvous.interface_address(interface)
+    if rank == 0 and not rendezvous.is_own_address(address):
+        raise ConfigError(
+            f"this is node 0, but the head {host!r} has address {address}, which is another host's",
+            hint="node 0 must run on the head",
+        )
+    named = host == "localhost" or host[:1].isdecimal() or ":" in host
+    if rendezvous.is_loopback(address) and not named:
+        # As Debian's /etc/hosts has it. Others would knock at their own door.
+        raise ConfigError(
+            f"the head's name {host!r} leads to {address} here, which no other host reaches",
+            hint="--interface on the head, or its address as --head",
+        )
+    return Nodes(rank, count, address, port, interface or rendezvous.interface_towards(address))
+
+
+def _guess_rank(count: int, head: str) -> int:
+    if "SLURM_NODEID" in os.environ:
+        return int(os.environ["SLURM_NODEID"])
+    if rendezvous.is_own_address(head):
+        return 0
+    if count == 2:
+        return 1
+    raise ConfigError("which node is this?", hint=f"--node-rank, 1 to {count - 1} off the head")
+
+
+def _split(head: str) -> tuple[str, int]:
+    """``HOST[:PORT]``, with an IPv6 address in brackets where a port follows."""
+    host, colon, port = head.rpartition(":")
+    if not colon or (":" in host and not host.startswith("[")):
+        return head.strip("[]"), DEFAULT_PORT
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"the port in --head {head!r} is {port!r}, allowed are 1 to 65535")
+    return host.strip("[]"), int(port)
+
+
+def launch(nodes: Nodes, ranks: int, command: Sequence[str], max_restarts: int = 0) -> int:
+    """Run ``python *command`` as ``ranks`` ranks on this node; the job's exit code.
+
+    A rank ended by a signal counts as a rank failure (6).
+
+    Args:
+        max_restarts: how often to start again after a code that is not in ``FINAL``.
+
+    Raises:
+        ConfigError: the store cannot be made here.
+        PeerLost: the other nodes could not be met.
+    """
+    _prepare_environment(nodes, ranks)
+    rendezvous.register()
+    attempt = 0
+    try:
+        meeting = _meet(nodes)
+        while True:
+            code = _run_once(nodes, ranks, command, f"attempt-{attempt}", meeting)
+            if code in FINAL or attempt == max_restarts:
+                return code
+            attempt += 1
+            say(
+                f"tprt: the ranks ended with {code}; starting them again ({attempt} of {max_restarts})"
+            )
+    except (RendezvousError, DistError) as error:
+        raise PeerLost(
+            f"the nodes could not meet: {str(error).splitlines()[0]}",
+            where=f"node {nodes.rank} of {nodes.count}, head {nodes.address} port {nodes.port}",
+            hint="check that every node was started, with the same --nnodes and --head",
+        ) from error
+
+
+def _meet(nodes: Nodes) -> Any:
+    if nodes.count == 1:
+        return None
+    if nodes.rank == 0:
+        return rendezvous.listening_store(nodes.address, nodes.port, MEETING_TIMEOUT)
+    return rendezvous.connected_store(nodes.address, nodes.port, MEETING_TIMEOUT)
+
+
+def _prepare_environment(nodes: Nodes, ranks: int) -> None:
+    """What the ranks inherit; what the user has set stays."""
+    # Ranks that each take every core slow one another down many times over.
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", nodes.interface)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    # Its report of a failed rank is 30 lines that say less than the rank itself did.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+
+def _run_once(nodes: Nodes, ranks: int, command: Sequence[str], run_id: str, meeting: Any) -> int:
+    config = LaunchConfig(
+        min_nodes=nodes.count,
+        max_nodes=nodes.count,
+        nproc_per_node=ranks,
+        run_id=run_id,
+        rdzv_backend=rendezvous.BACKEND,
+        rdzv_endpoint=nodes.address,
+        rdzv_configs={
+            "node_rank": nodes.rank,
+            "num_nodes": nodes.count,
+            "meeting": meeting,
+            "timeout": MEETING_TIMEOUT,
+        },
+        max_restarts=0,
+        monitor_interval=0.1,
+        metrics_cfg={},
+        signals_to_handle=",".join(SIGNALS),
+    )
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            say(f"tprt: rank {rank} was ended by signal {-failure.exitcode}")
+            return PeerLost.exit_code
+        return int(failure.exitcode)
+    except SignalException as error:
+        return EXIT_SIGINT if error.sigval == signal.SIGINT else EXIT_SIGTERM
+    finally:
+        # Between two attempts a signal ends this process at once: a wait for other nodes is one of
+        # torch's, which no handler written in Python would interrupt.
+        for name in SIGNALS:
+            signal.signal(signal.Signals[name], signal.SIG_DFL)
+    return EXIT_OK
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch/torchrun.sh",
+        allow_abbrev=False,
+        usage="%(prog)s [options] --nproc M -- COMMAND [ARGUMENT ...]",
+        description="Run a tprt command (after --) as M ranks on this host, or on each of N hosts.",
+    )
+    add = parser.add_argument
+    add("--nproc", type=int, required=True, metavar="M", help="ranks on this host")
+    add("--nnodes", type=int, default=1, metavar="N", help="hosts (1); start this on each of them")
+    add(
+        "--node-rank",
+        type=int,
+        metavar="R",
+        help="which host this is, 0 for the head (SLURM_NODEID, else by the head's address)",
+    )
+    add(
+        "--head",
+        metavar="HOST[:PORT]",
+        help=f"the first host, as the others know it ({DEFAULT_PORT})",
+    )
+    add(
+        "--interface",
+        metavar="IFACE",
+        help="network to use (the one that leads to the head; loopback for one host)",
+    )
+    add(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="K",
+        help="start the ranks again so often after a rank failure (0); the job resumes by itself",
+    )
+    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("no command; for example: --nproc 2 -- generate --config ... --output ...")
+    for name in ("nproc", "nnodes"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}, allowed are 1 or more")
+    if args.max_restarts < 0:
+        parser.error(f"--max-restarts is {args.max_restarts}, allowed are 0 or more")
+    try:
+        nodes = find_nodes(args.nnodes, args.node_rank, args.head, args.interface)
+        return launch(nodes, args.nproc, ["-m", "tprt", *command], args.max_restarts)
+    except TprtError as error:
+        say(f"tprt: error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
