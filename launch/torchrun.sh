@@ -6,10 +6,10 @@
 #
 # --help lists the rest. What is different from plain torchrun:
 #
-# - Stores listen on one address: loopback for one host, that of --interface (or --head) on the first of
-#   several, where ports HOST:PORT and one chosen by the system must be open to the others. torchrun's own
-#   listen on every address whatever they are given. Ranks speak over the same interface (GLOO_SOCKET_IFNAME
-#   and NCCL_SOCKET_IFNAME, unless set). Nothing there asks for a password: use a network of your own.
+# - Stores listen on one address: loopback for one host, that of --head for several, where its port and one
+#   that the system chooses must be open to the other hosts. torchrun's own listen on every address, whatever
+#   they are given. Ranks speak over --interface (GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, where not set).
+#   Nothing there asks for a password: between hosts, use a network of your own.
 # - The exit code is the job's (README.md), where torchrun's is 1 for everything. OUT.status.json has it too.
 # - --max-restarts K: after a lost rank or a bug, not after wrong settings, failed records, a full disk or a
 #   signal, all ranks are started again, up to K times. The job goes on from its journal, so nothing finished
@@ -22,4 +22,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 [ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python3
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Of a peer that has ended torch prints a stack of C++; the ranks say which one it was.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 exec "$python" -m tprt.distributed.launcher "$@"

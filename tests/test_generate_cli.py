@@ -170,7 +170,9 @@ def test_a_finished_job_is_not_computed_again(tmp_path, capsys):
     assert "finished already" not in capsys.readouterr().err and out.read_bytes() == first
     assert main(command(out, "--restart")) == 0
     assert out.read_bytes() == first and out.stat().st_mtime_ns > before.st_mtime_ns
-    assert main(command(out, "--temperature", "0.5")) == 0, "another job: the old output is replaced"
+    assert main(command(out, "--temperature", "0.5")) == 0, (
+        "another job: the old output is replaced"
+    )
 
 
 def test_a_changed_job_does_not_resume(tmp_path, capsys):

@@ -93,8 +93,11 @@ def test_a_line_set_orders_what_was_found(pairs, data):
     )
     assert len(lines) == len(pairs) and all(line in lines for line, _ in pairs)
     assert not any(line in lines for line in set(range(320)) - {line for line, _ in pairs})
-    again = [(line, 1000) for line, _ in pairs]
+    again = [(line, 1000) for line in range(400)]  # of lines outside too
     assert list(lines.order([*pairs, *again])) == [value for _, value in sorted(pairs)]
+    with pytest.raises(ValueError, match="missing"):
+        lines.add(500)
+        lines.order(pairs)
 
 
 # ---------------------------------------------------------------- torn and damaged

@@ -47,7 +47,7 @@ class EchoLLM:
             output = None
             if not self._left[request]:
                 del self._left[request]
-                done = CompletionOutput(0, self._prompts[request], [1] * self.steps, "stop")
+                done = CompletionOutput(0, self._prompts.pop(request), [1] * self.steps, "stop")
                 output = RequestOutput([1, 2], [done])
             yield StreamEvent(request, 0, "", [1], None, output)
 

@@ -24,6 +24,7 @@ from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK, ConfigError
 from tprt.log import event_line, get_logger, setup_cli_logging
 
 if TYPE_CHECKING:
+    from tprt.cli.ranks import Ending
     from tprt.job.generate import Job
     from tprt.job.input_file import InputFacts
 
@@ -159,7 +160,7 @@ def _fingerprint(settings: Settings, facts: "InputFacts") -> dict[str, Any]:
 
 
 def _run_here(settings: Settings, args: argparse.Namespace) -> int:
-    from tprt.cli.ranks import ending_together
+    from tprt.cli.ranks import run_together
     from tprt.distributed.tp_group import launched_size
     from tprt.distributed.verdict import Limits
     from tprt.job.generate import run_job
@@ -167,7 +168,8 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
 
     limits = Limits(settings.engine.step_timeout, settings.engine.load_timeout)
     job = make_job(settings, launched_size(), tensor_parallel_size(settings), args.restart)
-    with ending_together(limits, args.debug) as ending:
+
+    def work(ending: "Ending") -> int:
         report = run_job(
             job,
             lambda group: make_llm(settings, group, ending.watch),
@@ -185,6 +187,8 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
                 _show(job, report.summary.records)
         print_summary(report.summary, job.log_format)
         return report.exit_code
+
+    return run_together(limits, args.debug, work)
 
 
 def _merge(settings: Settings) -> int:

@@ -1,28 +1,20 @@
 """Starts N ranks of this program on this host through torch's own launcher."""
 
 import contextlib
-import logging
 import os
 import signal
-import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tprt.checkpoint import open_checkpoint
 from tprt.cli.common import LAUNCHER
 from tprt.cli.settings import Settings
 from tprt.distributed.launcher import find_nodes, launch
-from tprt.errors import EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, PeerLost
 from tprt.llm import open_tokenizer, resolve_vocabulary
 
 SECONDS_TO_END = 10
-ENDING = "SIGTERM,SIGHUP,SIGQUIT"  # what torch's launcher ends the ranks on, but for Ctrl-C
+ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")  # what torch's launcher ends the ranks on, but for Ctrl-C
 
 
 def check_start(settings: Settings, ranks: int) -> None:
@@ -46,45 +38,11 @@ def launch_local(
         max_restarts: how often to start them again after a failure that a new start may cure; not
             for what is interactive.
     """
+    command = ["-m", "tprt", *arguments]
     if not interactive:
-        return launch(find_nodes(1), ranks, ["-m", "tprt", *arguments], max_restarts)
-    return _launch_interactive(ranks, arguments)
-
-
-def _launch_interactive(ranks: int, arguments: list[str]) -> int:
-    # Ranks that each take every core slow one another down many times over.
-    threads = max(1, (os.cpu_count() or 1) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        metrics_cfg={},
-        signals_to_handle=ENDING,
-    )
-    try:
-        with _terminal_signals_handed_on(ranks):
-            elastic_launch(config, sys.executable)("-m", "tprt", *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == -signal.SIGINT:  # before it had a handler
-            return EXIT_SIGINT
-        if failure.exitcode < 0:
-            raise PeerLost(
-                f"rank {rank} was ended by signal {-failure.exitcode}",
-                where=f"process {failure.pid}",
-                hint="the same command starts the job again",
-            ) from error
-        return int(failure.exitcode)
-    except SignalException as error:
-        return EXIT_SIGINT if error.sigval.name == "SIGINT" else EXIT_SIGTERM
-    return EXIT_OK
+        return launch(find_nodes(1), ranks, command, max_restarts)
+    with _terminal_signals_handed_on(ranks):
+        return launch(find_nodes(1), ranks, command, signals=ENDING)
 
 
 @contextlib.contextmanager

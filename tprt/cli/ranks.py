@@ -128,8 +128,8 @@ class RankEnding(Ending):
         if not self._claimed.acquire(blocking=False):
             time.sleep(3600)  # another thread of this process is leaving
         _say(self._message(failure, error))
+        self.watch.end_stuck_peer()  # first: what speaks for it must not meet it
         self._save(failure)
-        self.watch.end_stuck_peer()
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(failure.code)
@@ -141,7 +141,7 @@ class RankEnding(Ending):
         own = getattr(error, "what", None)
         if own is not None and rank != failure.rank and failure.what.endswith(own):
             return ""  # every rank has found the same
-        if rank == failure.rank and error is not None:
+        if rank == failure.rank and failure.kind == "exception" and error is not None:
             if isinstance(error, TprtError):
                 return f"tprt: error: {error}"
             lines = [f"tprt: error: {failure.what}", *failure.stack[-SHOWN_STACK_LINES:]]
@@ -173,6 +173,21 @@ def ending_together(limits: Limits, debug: bool) -> Iterator[Ending]:
             ending.end(error)
             raise
         ending.close()
+
+
+def run_together(limits: Limits, debug: bool, work: Callable[[Ending], int]) -> int:
+    """``work`` in ``ending_together``; its exit code."""
+    begun: list[Ending] = []
+    try:
+        with ending_together(limits, debug) as ending:
+            begun.append(ending)
+            return work(ending)
+    except (Terminated, KeyboardInterrupt) as error:
+        # Ranks come here when a signal's exception took the place of another, on that one's way to
+        # ``end``: between two lines of contextlib, say.
+        for ending in begun:
+            ending.end(error)
+        raise
 
 
 @contextlib.contextmanager
@@ -227,7 +242,7 @@ def _alone(error: BaseException) -> Failure:
 
 
 def _code(error: BaseException, otherwise: int) -> int:
-    if isinstance(error, TprtError):
+    if isinstance(error, TprtError) and type(error) is not TprtError:  # that is another rank's bug
         return error.exit_code
     told = out_of_memory(error) if isinstance(error, Exception) else None
     return told.exit_code if told is not None else otherwise

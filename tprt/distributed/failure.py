@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 
 from tprt.errors import PeerLost, RankMismatch, StepTimeout, TprtError
 
-# Kinds whose cause lies outside of the computation: nothing was wrong with the records in flight.
 INTERRUPTED = "interrupted"
-FROM_OUTSIDE = frozenset({INTERRUPTED, "killed", "launcher", "unreachable"})
+# Kinds whose cause lies outside of the computation: nothing can be wrong with the records in flight.
+FROM_OUTSIDE = frozenset({INTERRUPTED, "launcher", "unreachable", "silent", "stopped"})
 MOST_STACK_LINES = 24
 
 
@@ -17,8 +17,8 @@ class Failure:
 
     Args:
         kind: ``exception``, ``killed`` (SIGKILL), ``died`` (of another signal), ``exited`` (with a
-            code, before the work was over), ``stalled``, ``stopped`` (SIGSTOP), ``silent`` (its host or
-            network), ``deadlock``, ``mismatch``, ``launcher``, ``unreachable`` (the store, seen from
+            code, before the work was over), ``stalled``, ``stopped`` (SIGSTOP), ``silent`` (on another
+            host), ``deadlock``, ``mismatch``, ``launcher``, ``unreachable`` (the store, seen from
             ``rank``) or ``interrupted``.
         rank: of the launch; -1 where no rank is at fault.
         host: name of its host.

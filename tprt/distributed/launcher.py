@@ -60,7 +60,7 @@ class Nodes:
     Args:
         rank, count: which node of how many this is.
         address, port: where they meet, on the node with rank 0.
-        interface: over which this node speaks to the others.
+        interface: over which the ranks of this node speak to others.
     """
 
     rank: int
@@ -76,7 +76,8 @@ def find_nodes(
     """Args:
         rank: None is SLURM_NODEID, or 0 where ``head`` is this host and 1 for the other of two.
         head: ``HOST[:PORT]`` of the node with rank 0, by which all know it; only for several nodes.
-        interface: None is the one that leads to the head; loopback for a single node.
+        interface: over which ranks speak to one another; None is the one that leads to the head,
+            loopback for a single node.
 
     Raises:
         ConfigError: a name or number is wrong, or more has to be said.
@@ -92,19 +93,19 @@ def find_nodes(
         rank = _guess_rank(count, address)
     if not 0 <= rank < count:
         raise ConfigError(f"--node-rank is {rank}, allowed are 0 to {count - 1} (--nnodes)")
-    if rank == 0 and interface:
+    named = host == "localhost" or host[:1].isdecimal() or ":" in host
+    if rendezvous.is_loopback(address) and not named:
+        # As Debian's /etc/hosts has it for a host's own name. Others would knock at their own door.
+        if rank > 0 or not interface:
+            raise ConfigError(
+                f"the head's name {host!r} leads to {address} here, where no other host is heard",
+                hint="the head's address as --head, or --interface on the head",
+            )
         address = rendezvous.interface_address(interface)
     if rank == 0 and not rendezvous.is_own_address(address):
         raise ConfigError(
             f"this is node 0, but the head {host!r} has address {address}, which is another host's",
             hint="node 0 must run on the head",
-        )
-    named = host == "localhost" or host[:1].isdecimal() or ":" in host
-    if rendezvous.is_loopback(address) and not named:
-        # As Debian's /etc/hosts has it. Others would knock at their own door.
-        raise ConfigError(
-            f"the head's name {host!r} leads to {address} here, which no other host reaches",
-            hint="--interface on the head, or its address as --head",
         )
     return Nodes(rank, count, address, port, interface or rendezvous.interface_towards(address))
 
@@ -129,13 +130,20 @@ def _split(head: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def launch(nodes: Nodes, ranks: int, command: Sequence[str], max_restarts: int = 0) -> int:
+def launch(
+    nodes: Nodes,
+    ranks: int,
+    command: Sequence[str],
+    max_restarts: int = 0,
+    signals: Sequence[str] = SIGNALS,
+) -> int:
     """Run ``python *command`` as ``ranks`` ranks on this node; the job's exit code.
 
     A rank ended by a signal counts as a rank failure (6).
 
     Args:
         max_restarts: how often to start again after a code that is not in ``FINAL``.
+        signals: that end the ranks when they come to this process.
 
     Raises:
         ConfigError: the store cannot be made here.
@@ -147,7 +155,7 @@ def launch(nodes: Nodes, ranks: int, command: Sequence[str], max_restarts: int =
     try:
         meeting = _meet(nodes)
         while True:
-            code = _run_once(nodes, ranks, command, f"attempt-{attempt}", meeting)
+            code = _run_once(nodes, ranks, command, f"attempt-{attempt}", meeting, signals)
             if code in FINAL or attempt == max_restarts:
                 return code
             attempt += 1
@@ -178,11 +186,19 @@ def _prepare_environment(nodes: Nodes, ranks: int) -> None:
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", nodes.interface)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
-    # Its report of a failed rank is 30 lines that say less than the rank itself did.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Reports of 30 lines, each of which says less than the rank or node that failed.
+    for name in ("", ".agent.server.api"):  # the second has a level of its own
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
 
 
-def _run_once(nodes: Nodes, ranks: int, command: Sequence[str], run_id: str, meeting: Any) -> int:
+def _run_once(
+    nodes: Nodes,
+    ranks: int,
+    command: Sequence[str],
+    run_id: str,
+    meeting: Any,
+    signals: Sequence[str],
+) -> int:
     config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -199,24 +215,32 @@ def _run_once(nodes: Nodes, ranks: int, command: Sequence[str], run_id: str, mee
         max_restarts=0,
         monitor_interval=0.1,
         metrics_cfg={},
-        signals_to_handle=",".join(SIGNALS),
+        signals_to_handle=",".join(signals),
     )
     try:
         elastic_launch(config, sys.executable)(*command)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            say(f"tprt: rank {rank} was ended by signal {-failure.exitcode}")
-            return PeerLost.exit_code
-        return int(failure.exitcode)
+        return _code_of(error)
     except SignalException as error:
         return EXIT_SIGINT if error.sigval == signal.SIGINT else EXIT_SIGTERM
     finally:
         # Between two attempts a signal ends this process at once: a wait for other nodes is one of
         # torch's, which no handler written in Python would interrupt.
-        for name in SIGNALS:
+        for name in signals:
             signal.signal(signal.Signals[name], signal.SIG_DFL)
     return EXIT_OK
+
+
+def _code_of(error: ChildFailedError) -> int:
+    """What the ranks agreed on; one that a signal ended can say nothing."""
+    rank, first = error.get_first_failure()
+    if first.exitcode == -signal.SIGINT:  # before it had a handler
+        return EXIT_SIGINT
+    if first.exitcode > 0:
+        return int(first.exitcode)
+    say(f"tprt: rank {rank} was ended by signal {-first.exitcode}")
+    told = (failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)
+    return int(next(told, PeerLost.exit_code))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -243,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--interface",
         metavar="IFACE",
-        help="network to use (the one that leads to the head; loopback for one host)",
+        help="network between ranks (the one that leads to the head; loopback for one host)",
     )
     add(
         "--max-restarts",

@@ -1,6 +1,7 @@
 """Whether processes of this host live, are stopped, or how they ended. Linux only; knows no ranks."""
 
 import os
+import select
 import signal
 import socket
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ def how_it_ended(status: int | None) -> tuple[str, str]:
 
 
 def host_identity() -> str:
-    """The same text for all processes that can see one another's process ids."""
+    """The same text for all processes that see one another's process ids and share a network."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    return "/".join([boot, *(str(os.stat(f"/proc/self/ns/{n}").st_ino) for n in ("pid", "net"))])
 
 
 def host_name() -> str:
@@ -91,6 +92,11 @@ class PeerProcess:
     def stopped(self) -> bool:
         state = process_state(self.pid) if not self.gone else None
         return state is not None and state.stopped
+
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, at most so long."""
+        if not self.gone:
+            select.select([self.fd], [], [], seconds)
 
     def kill(self) -> None:
         if not self.gone:

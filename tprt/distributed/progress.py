@@ -8,6 +8,8 @@ from tprt.distributed.failure import Failure
 
 # Phases in which a rank owes no movement: it has nothing to do.
 RESTING = frozenset({"start", "idle", "done"})
+# Phases of rank 0 while the others wait for a record.
+OF_THE_LEADER = frozenset({"schedule", "records"})
 
 
 class Progress:
@@ -23,6 +25,7 @@ class Progress:
         trail: collectives entered since ``enter``, in order.
         group: ranks of the launch that step together with this one, the leader first.
         failure: what ended the ranks, once the watch knows; raised out of waits.
+        last: phase, step and detail of when it last did not rest.
         stuck: a wait was left while its collective goes on: its group cannot be destroyed in peace.
     """
 
@@ -36,6 +39,7 @@ class Progress:
         self.group: tuple[int, ...] = ()
         self._deviated, self.stuck = "", False
         self.failure: Failure | None = None
+        self.last = phase, -1, ""
 
     def enter(self, phase: str, step: int = -1, detail: str = "", kind: str = "") -> None:
         """A phase or step begins.
@@ -47,6 +51,8 @@ class Progress:
             self._deviated = self._deviated or self._compare(whole=True)
             self.usual.setdefault(self.kind, self.trail)
         self.trail = []
+        if self.phase not in RESTING:
+            self.last = self.phase, self.step, self.detail
         self.phase, self.step, self.detail, self.kind = phase, step, detail, kind or phase
         self.moves += 1
 

@@ -127,6 +127,7 @@ def silent(peer: Peer, now: float, limits: Limits) -> Failure | None:
             "see who stopped it",
         )
     elif peer.local:
+        kind = "stalled"  # not even its threads get to run
         hint = "its process is there: look at what it does (py-spy dump --pid)"
     return Failure(
         kind,

@@ -28,7 +28,7 @@ from tprt.distributed.liveness import (
     how_it_ended,
     process_state,
 )
-from tprt.distributed.progress import RESTING, Progress
+from tprt.distributed.progress import OF_THE_LEADER, RESTING, Progress
 from tprt.distributed.verdict import Limits, Peer, Post, deadlock, likely_gone, silent, stalled
 from tprt.errors import PeerLost, RankMismatch
 from tprt.log import get_logger
@@ -41,6 +41,7 @@ WORD_SECONDS = 0.3
 STACK_AFTER_SECONDS = 2.0
 ASK_SECONDS = 0.05
 JOIN_SECONDS = 1.0
+SELF_SECONDS = 4.0
 _LOST = Failure("unreachable", -1, "the rendezvous store, which does not answer any more")
 
 
@@ -167,6 +168,9 @@ class Watch:
     def of(self, error: BaseException, code: int) -> Failure:
         """A failure of kind ``exception`` of this rank, where it stands now."""
         progress = self.progress
+        # An error that has left a call is told when the call is over already.
+        place = progress.phase, progress.step, progress.detail
+        phase, step, detail = progress.last if progress.phase in RESTING else place
         what = getattr(error, "what", "") or f"{type(error).__name__}: {error}"
         return Failure(
             "exception",
@@ -174,9 +178,9 @@ class Watch:
             f"rank {self.rank}: {what}",
             code,
             self.host,
-            progress.phase,
-            progress.step,
-            getattr(error, "where", "") or progress.detail,
+            phase,
+            step,
+            getattr(error, "where", "") or detail,
             getattr(error, "hint", ""),
             "".join(traceback.format_exception(error)).rstrip().splitlines(),
         )
@@ -216,6 +220,8 @@ class Watch:
         if failure is not None and failure.kind in ("stopped", "silent", "stalled", "deadlock"):
             process = self._processes.get(failure.rank)
             if process is not None:
+                if failure.kind in ("stalled", "deadlock"):
+                    process.wait(SELF_SECONDS)  # its own watch ends it, and saves its work
                 process.kill()
 
     # ------------------------------------------------------------ the store
@@ -225,7 +231,8 @@ class Watch:
             self._exchange()
             if self._store_error or self._failure is not None:
                 return
-            self._stop.wait(self.limits.interval)
+            all_known = all(peer.joined for peer in self._peers.values())
+            self._stop.wait(self.limits.interval if all_known else 2 * ASK_SECONDS)
 
     def _exchange(self, seconds: float = -1) -> None:
         """Post, and read what the others have posted. Waits ``seconds`` for the other thread at most."""
@@ -407,7 +414,10 @@ class Watch:
     def _last_of(self, peer: Peer) -> Post:
         """Its last post. Who steps together with this rank was no further back than this rank is."""
         post, mine = peer.post, self.progress
-        if peer.rank not in mine.group or post.step >= mine.step or mine.phase in RESTING:
+        here = mine.phase, mine.step
+        if peer.rank not in mine.group or mine.phase in RESTING | OF_THE_LEADER:
+            return post
+        if (post.phase, post.step) == here or post.step > mine.step >= 0:
             return post
         return replace(post, phase=mine.phase, step=mine.step, at="")
 
@@ -415,6 +425,19 @@ class Watch:
         if self._store_error:
             if self._ended or now - self._exchanged < 2 * WORD_SECONDS + self.limits.interval:
                 return None  # a rank that held the store may have died with it: name that
+            first = self._peers.get(0)
+            if first is not None and first.joined and not first.local:
+                # The store lies on its host, as a rule.
+                post = self._last_of(first)
+                return Failure(
+                    "silent",
+                    0,
+                    f"rank 0, whose host took the rendezvous store with it: {self._store_error}",
+                    host=first.host,
+                    phase=post.phase,
+                    step=post.step,
+                    hint="look at that host, for the message of its ranks or launcher",
+                )
             return Failure(
                 _LOST.kind,
                 self.rank,
@@ -425,6 +448,8 @@ class Watch:
                 hint="the launcher or the host that holds the store has ended",
             )
         if now - self._exchanged > self.limits.step_timeout:
+            if (found := self._who_holds_the_store_is_stopped(now)) is not None:
+                return found
             return Failure(
                 _LOST.kind,
                 self.rank,
@@ -435,6 +460,17 @@ class Watch:
                 step=self.progress.step,
                 hint="the network between this host and the store's is cut, or that host is down",
             )
+        return None
+
+    def _who_holds_the_store_is_stopped(self, now: float) -> Failure | None:
+        state = process_state(self.parent) if self.parent is not None else None
+        if state is not None and state.stopped:
+            return self._launcher_lost("is stopped, and with it the rendezvous store")
+        for rank, process in self._processes.items():
+            if process.stopped:
+                peer = self._peers[rank]
+                seen = replace(peer, post=self._last_of(peer), stopped=True)
+                return silent(seen, now, self.limits)
         return None
 
     def _left_behind(self, now: float) -> Failure | None:
@@ -450,11 +486,11 @@ class Watch:
             stack=_stack(frame) if (frame := _main_frame(self._main)) else [],
         )
 
-    def _launcher_lost(self) -> Failure:
+    def _launcher_lost(self, how: str = "has ended before its ranks") -> Failure:
         return Failure(
             "launcher",
             -1,
-            f"the launcher (process {self.parent}), which has ended before its ranks",
+            f"the launcher (process {self.parent}), which {how}",
             host=self.host,
             phase=self.progress.phase,
             step=self.progress.step,

@@ -13,7 +13,7 @@ from tprt.job.input_file import InputFile, Shard
 from tprt.job.journal import Journal
 from tprt.job.records import Record
 from tprt.job.replica import error_result
-from tprt.job.work_queue import Result, WorkQueue
+from tprt.job.work_queue import Outlet, Result
 from tprt.log import get_logger
 from tprt.sampling_params import SamplingParams
 
@@ -44,7 +44,7 @@ class Dispatcher:
         job_seed: int,
         shard: Shard | None,
         journal: Journal,
-        queue: WorkQueue,
+        queue: Outlet,
         window: int,
     ) -> None:
         self.journal, self.queue, self.window = journal, queue, window

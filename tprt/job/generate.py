@@ -19,12 +19,12 @@ from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK
 from tprt.job.dispatcher import Dispatcher
 from tprt.job.input_file import InputFacts, InputFile, Shard, scan_input
 from tprt.job.journal import Journal, journal_path
-from tprt.job.output_file import AtomicOutput, Written
+from tprt.job.output_file import AtomicOutput, Written, remove_leftovers
 from tprt.job.progress import JobProgress
 from tprt.job.replica import Replica, window_of
 from tprt.job.status_file import JobStatus, StatusFile, StatusUpdater, read_status, status_path
 from tprt.job.summary import JobSummary, ReplicaShare
-from tprt.job.work_queue import LocalQueue, StoreQueue, WorkQueue
+from tprt.job.work_queue import LocalQueue, StoreQueue
 from tprt.llm import LLM
 from tprt.log import get_logger
 from tprt.sampling_params import SamplingParams
@@ -64,7 +64,9 @@ class Job:
 
     @property
     def own_output(self) -> Path:
-        return self.output if self.shard is None else self.shard.path(self.output)
+        """With all that lies beside it where the file itself is, if this is a link."""
+        path = self.output if self.shard is None else self.shard.path(self.output)
+        return path.resolve() if path.is_symlink() else path
 
     @property
     def replicas(self) -> int:
@@ -113,7 +115,7 @@ def run_job(
         if watch.ask("job") == RUN:
             _take_part(job, make_llm, watch)
         return None
-    running = _Running(job, watch)
+    running = JobRun(job, watch)
     at_failure(running.failed)
     return running.run(make_llm)
 
@@ -144,6 +146,7 @@ def _speak_for_rank_0(job: Job, failure: Failure) -> None:
         status = read_status(job.own_output)
         if status is not None and not status.is_final:
             _end_status(StatusUpdater(StatusFile(status_path(job.own_output)), status), failure)
+        remove_leftovers(job.own_output)
 
 
 def _end_status(updater: StatusUpdater, failure: Failure) -> None:
@@ -152,7 +155,7 @@ def _end_status(updater: StatusUpdater, failure: Failure) -> None:
     updater.end(state, failure.code, error)
 
 
-class _Running:
+class JobRun:
     """One attempt at a job, on rank 0."""
 
     def __init__(self, job: Job, watch: Watch | None) -> None:
@@ -171,12 +174,14 @@ class _Running:
         if not total:
             logger.warning("%s holds no records: %s will be empty", job.input, job.own_output)
         fingerprint = job.fingerprint(facts)
-        if not job.restart and (report := self._finished_before(fingerprint)) is not None:
-            self._tell(SKIP)
-            return report
         self.journal = journal = Journal.open(
             journal_path(job.own_output), fingerprint, restart=job.restart
         )
+        # Asked with the lock held: it may have been finished while this process waited for that.
+        if not job.restart and (report := self._finished_before(fingerprint)) is not None:
+            journal.close(remove=True)
+            self._tell(SKIP)
+            return report
         self._resumed = journal.num_done
         self._begin_status(total, fingerprint)
         if journal.num_done:
@@ -188,15 +193,15 @@ class _Running:
         source = InputFile(job.input, facts)
         if journal.num_done == total:
             self._tell(SKIP)
-            return self._finish(self._write(), Dispatched())
+            return self.finish(self.write(), Dispatched())
         self._tell(RUN)
-        return self._compute(make_llm, source, total)
+        return self.compute(make_llm, source, total)
 
     def _tell(self, what: str) -> None:
         if self.watch is not None:
             self.watch.tell("job", what)
 
-    def _compute(
+    def compute(
         self, make_llm: Callable[[list[int] | None], LLM], source: InputFile, total: int
     ) -> JobReport:
         job, journal = self.job, self.journal
@@ -204,9 +209,7 @@ class _Running:
         began = time.monotonic()
         with make_llm(_ranks_of(job, 0)) as llm:
             self.seconds["loading"] = time.monotonic() - began
-            queue: WorkQueue = LocalQueue()
-            if job.replicas > 1:
-                queue = StoreQueue(launch_store("job"))
+            queue = LocalQueue() if job.replicas == 1 else StoreQueue(launch_store("job"))
             window = window_of(job.max_num_seqs) * job.replicas
             work = Dispatcher(source, job.defaults, job.seed, job.shard, journal, queue, window)
             self.status.enter("running")
@@ -224,8 +227,8 @@ class _Running:
                     work.stop()
             self.seconds["generating"] = time.monotonic() - began
             with llm.calling("write"):
-                written = self._write()
-        return self._finish(written, Dispatched.of(work))
+                written = self.write()
+        return self.finish(written, Dispatched.of(work))
 
     def _generate(self, work: Dispatcher, replica: Replica, shown: JobProgress) -> None:
         journal, progress = self.journal, self.progress
@@ -243,7 +246,7 @@ class _Running:
             tokens = journal.tokens + replica.live_tokens
             shown.update(journal.num_done, journal.num_failed, work.running, tokens)
 
-    def _write(self) -> Written:
+    def write(self) -> Written:
         assert self.journal is not None and self.status is not None
         journal, began = self.journal, time.monotonic()
         self.status.enter("writing")
@@ -260,7 +263,7 @@ class _Running:
         self.seconds["writing"] = time.monotonic() - began
         return written
 
-    def _finish(self, written: Written, done: "Dispatched") -> JobReport:
+    def finish(self, written: Written, done: "Dispatched") -> JobReport:
         journal, status = self.journal, self.status
         assert journal is not None and status is not None
         summary = JobSummary(
@@ -313,9 +316,10 @@ class _Running:
     def _finished_before(self, fingerprint: dict[str, Any]) -> JobReport | None:
         """The report of a job that is complete, with the output it wrote still in place."""
         job, status = self.job, read_status(self.job.own_output)
-        if status is None or status.state != "finished" or status.fingerprint != fingerprint:
+        assert self.journal is not None
+        if self.journal.attempt > 1 or status is None or status.state != "finished":
             return None
-        if journal_path(job.own_output).exists() or status.output_sha256 != _digest(job.own_output):
+        if status.fingerprint != fingerprint or status.output_sha256 != _digest(job.own_output):
             return None
         logger.info("%s is finished already; --restart computes it again", job.own_output)
         summary = JobSummary(
@@ -333,15 +337,14 @@ class _Running:
         """Save what can be saved; on whatever thread knows that the process is about to leave."""
         if self.journal is None:
             return
-        kind = "crash"
-        if failure.from_outside:
-            kind = "interrupted" if failure.interrupted else "killed"
-        elif failure.code in NOT_THE_RECORDS:
+        kind = "killed" if failure.kind == "killed" else "crash"
+        if failure.from_outside or failure.code in NOT_THE_RECORDS:
             kind = "interrupted"
         try:
             self.journal.end(kind, failure.what)
             self.journal.sync(FAILURE_SYNC_SECONDS)
         finally:
+            self.output.discard()
             if self.status is not None:
                 done = self.journal
                 self.status.update(

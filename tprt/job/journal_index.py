@@ -46,7 +46,7 @@ class LineSet:
     def order(self, found: Iterable[tuple[int, int]]) -> Iterator[int]:
         """The second of each (line, value) in the order of the lines; the first pair of a line counts.
 
-        ``found`` is read to its end first; its values are above 0.
+        ``found`` is read to its end first; its values are above 0. Other lines are skipped.
 
         Raises:
             ValueError: a line of the set was not found.
@@ -57,6 +57,8 @@ class LineSet:
         np.cumsum(_BITS_SET[np.frombuffer(bits, np.uint8)], out=earlier[1:])
         values = array("q", bytes(8 * self._count))
         for line, value in found:
+            if line not in self:
+                continue
             byte = line >> 3
             place = int(earlier[byte]) + (bits[byte] & (1 << (line & 7)) - 1).bit_count()
             values[place] = values[place] or value

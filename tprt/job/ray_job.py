@@ -9,13 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from tprt.job.dispatcher import Dispatcher
-from tprt.job.generate import Dispatched, Job, JobReport, _Running
+from tprt.job.generate import Dispatched, Job, JobReport, JobRun
 from tprt.job.input_file import InputFile
 from tprt.job.journal import Journal
 from tprt.job.progress import JobProgress
 from tprt.job.ray_replica import RayReplicas
 from tprt.job.replica import window_of
-from tprt.job.work_queue import WorkQueue
 from tprt.log import get_logger
 
 logger = get_logger(__name__)
@@ -24,7 +23,7 @@ RECEIVE_SECONDS = 0.5
 SECONDS_BETWEEN_REMINDERS = 60.0
 
 
-class RayJob(_Running):
+class RayJob(JobRun):
     """Args:
     start: makes the actor of a replica (``ReplicaActor``), given its number.
     """
@@ -33,7 +32,7 @@ class RayJob(_Running):
         super().__init__(job, None)
         self.start = start
 
-    def _compute(self, make_llm: Any, source: InputFile, total: int) -> JobReport:
+    def compute(self, make_llm: Any, source: InputFile, total: int) -> JobReport:
         job, journal = self.job, self.journal
         assert journal is not None
         window, began = window_of(job.max_num_seqs), time.monotonic()
@@ -45,7 +44,7 @@ class RayJob(_Running):
                 job.seed,
                 job.shard,
                 cast(Journal, _WithoutBegins(journal)),
-                cast(WorkQueue, pool),
+                pool,
                 window * job.replicas,
             )
             with JobProgress(
@@ -61,7 +60,7 @@ class RayJob(_Running):
             pool.close(clean)
         loading = self.seconds.get("loading", 0.0)
         self.seconds["generating"] = time.monotonic() - began - loading
-        return self._finish(self._write(), Dispatched.of(work))
+        return self.finish(self.write(), Dispatched.of(work))
 
     def _exchange(self, work: Dispatcher, pool: RayReplicas, shown: JobProgress) -> None:
         """Until every record has its result."""

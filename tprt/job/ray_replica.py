@@ -99,7 +99,7 @@ class _Slot:
 
 
 class RayReplicas:
-    """The dispatcher's end of a ``WorkQueue``, with replicas behind it that come and go.
+    """The dispatcher's end of a queue, with replicas behind it that come and go.
 
     When a replica dies, its records go to whichever has room. Those that were in flight at two deaths
     are suspects and wait until all else is done; then each is alone on a replica, and two deaths there
@@ -130,7 +130,10 @@ class RayReplicas:
     # ------------------------------------------------------------ of the dispatcher
 
     def put(self, record: Record) -> None:
-        self._waiting.append(record)
+        if record.prompt is None:  # bad, and no replica is needed to say so
+            self._results.append(error_result(record))
+        else:
+            self._waiting.append(record)
 
     def end(self) -> None:
         """Nothing more will be put."""
@@ -173,17 +176,16 @@ class RayReplicas:
         """End the replicas.
 
         Args:
-            clean: let them end by themselves, which they only can when none is in trouble.
+            clean: let those that are ready end by themselves; nothing is in flight.
         """
         import ray
 
-        actors = [slot.actor for slot in self.slots if slot.actor is not None]
         if clean:
-            ended = [actor.close.remote() for actor in actors]
+            ended = [slot.actor.close.remote() for slot in self.slots if slot.ready]
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(ended, timeout=CLOSE_SECONDS)
-        for actor in actors:
-            ray.kill(actor)  # its ranks see it go and end too
+        for slot in self.slots:
+            ray.kill(slot.actor)  # its ranks see it go and end too
 
     def _begin(self, slot: _Slot) -> None:
         slot.actor, slot.ready, slot.alone = self._start(slot.number), False, False

@@ -10,7 +10,7 @@ from tprt.engine.outputs import RequestOutput
 from tprt.errors import TprtError
 from tprt.faults import fault_point
 from tprt.job.records import Record, result_line
-from tprt.job.work_queue import Result, WorkQueue
+from tprt.job.work_queue import Inlet, Result
 from tprt.llm import LLM
 
 
@@ -23,7 +23,7 @@ class Replica:
         live_tokens: generated for records that have not finished.
     """
 
-    def __init__(self, llm: LLM, queue: WorkQueue, number: int = 0, shared: bool = False) -> None:
+    def __init__(self, llm: LLM, queue: Inlet, number: int = 0, shared: bool = False) -> None:
         self.llm, self.queue, self.number = llm, queue, number
         self.window = window_of(llm.engine_config.max_num_seqs)
         # Who fills its window at once leaves nothing of a small job to the others.

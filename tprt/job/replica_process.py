@@ -19,15 +19,16 @@ from collections import deque
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
 from tprt.distributed import rendezvous
 from tprt.errors import PeerLost, TprtError, out_of_memory
 from tprt.job.records import Record
 from tprt.job.replica import Replica
-from tprt.job.work_queue import Result, WorkQueue
+from tprt.job.work_queue import Result
 from tprt.llm import LLM
 from tprt.log import setup_cli_logging
+from tprt.sampling_params import SamplingParams
 
 # What rank 0 tells of itself may arrive this much later than its end is known.
 WORD_SECONDS = 1.0
@@ -81,7 +82,7 @@ class ReplicaProcess:
         return [process.pid for process in self._processes]
 
     def wait_until_ready(self, timeout: float | None = None) -> bool:
-        """Whether the model is loaded on all ranks; False after ``timeout`` seconds.
+        """Whether the model is loaded on all ranks and computes; False after ``timeout`` seconds.
 
         Raises:
             TprtError: it could not be loaded, or a rank has ended (``PeerLost``).
@@ -238,7 +239,7 @@ def _start(
 
 
 class PipeQueue:
-    """A replica's end of a ``WorkQueue``, over a pipe."""
+    """A replica's end of a queue, over a pipe."""
 
     def __init__(self, pipe: Connection) -> None:
         self.pipe = pipe
@@ -289,7 +290,9 @@ class _Rank:
 
     def _lead(self, llm: LLM, pipe: Connection) -> None:
         work = PipeQueue(pipe)
-        replica = Replica(llm, cast(WorkQueue, work), self.number)
+        replica = Replica(llm, work, self.number)
+        # Whoever is ready has computed something: if it dies later, it is not for a broken machine.
+        llm.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))
         pipe.send(("ready", None))
         while not work.ended:
             llm.tp.progress.check()  # another rank may hang while there is nothing to do

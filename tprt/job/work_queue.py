@@ -36,8 +36,8 @@ class Result:
     replica: int = 0
 
 
-class WorkQueue(Protocol):
-    """Both ends; rank 0 holds ``put``, ``end`` and ``collect``, the leader of each replica the rest."""
+class Outlet(Protocol):
+    """The end on rank 0: records go out, results come back."""
 
     def put(self, record: Record) -> None: ...
 
@@ -46,6 +46,10 @@ class WorkQueue(Protocol):
 
     def collect(self) -> Result | None:
         """A result that has come, else None."""
+
+
+class Inlet(Protocol):
+    """The end of a replica's leader."""
 
     def take(self) -> Record | None:
         """A record to work on, else None."""
