@@ -178,7 +178,7 @@ def test_a_cut_link_is_named_on_both_sides(hosts, running, tmp_path):
     assert time.monotonic() - began < STEP_TIMEOUT + 10
     assert [node.returncode for node in nodes] == [6, 6], said
     assert "rank 1, which has given no sign of life" in said[0] and "host host-b" in said[0]
-    assert "rank 1 has had no answer from the rendezvous store" in said[1]
+    assert "rank 1, which has had no answer from the rendezvous store" in said[1]
     assert "the network between this host and the store's is cut" in said[1]
     status = json.loads(Path(f"{out}.status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 6)

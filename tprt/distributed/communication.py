@@ -60,8 +60,9 @@ def _finish(work: Any, progress: Progress, on_host: bool) -> None:
             work.wait(SLICE)
             return
         except RuntimeError:
-            if work.is_completed():
-                raise
+            if work.is_completed():  # with an error, or just after the slice was over
+                work.wait()
+                return
             progress.check()
         finally:
             progress.stuck = not work.is_completed()

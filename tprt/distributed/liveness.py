@@ -1,11 +1,15 @@
 """Whether processes of this host live, are stopped, or how they ended. Linux only; knows no ranks."""
 
+import contextlib
 import os
 import select
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -67,26 +71,35 @@ class PeerProcess:
     """
 
     def __init__(self, pid: int, started: int) -> None:
-        self.pid, self.fd = pid, -1
-        self._status: int | None = None
-        state = process_state(pid)
-        if state is not None and state.started == started:
+        self.pid, self.started, self.fd = pid, started, -1
+        self.gone = not self._is_there()
+        if not self.gone:
             try:
                 self.fd = os.pidfd_open(pid)
-            except OSError:  # ended just now
+            except ProcessLookupError:  # ended just now
+                self.gone = True
+            except OSError:  # an old kernel, a sandbox, no descriptor left: /proc has to do
                 self.fd = -1
 
-    @property
-    def gone(self) -> bool:
-        return self.fd < 0
-
-    def ended(self) -> int | None:
-        """Call when ``fd`` is readable: the wait status where it can still be read; lets go."""
+    def _is_there(self) -> bool:
         state = process_state(self.pid)
-        if state is not None and state.state == "Z":
-            self._status = state.exit_status
-        self.close()
-        return self._status
+        return state is not None and state.started == self.started and state.state not in "ZX"
+
+    @property
+    def has_ended(self) -> bool:
+        if self.gone or self.fd < 0:
+            return self.gone or not self._is_there()
+        return _any_readable([self.fd], 0)
+
+    def let_go(self) -> int | None:
+        """Of one that has ended: its wait status, where that can still be read."""
+        self.gone, state = True, process_state(self.pid)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        if state is None or state.started != self.started or state.state != "Z":
+            return None
+        return state.exit_status
 
     @property
     def stopped(self) -> bool:
@@ -95,17 +108,66 @@ class PeerProcess:
 
     def wait(self, seconds: float) -> None:
         """Until it has ended, at most so long."""
-        if not self.gone:
-            select.select([self.fd], [], [], seconds)
+        until = time.monotonic() + seconds
+        while not self.has_ended and time.monotonic() < until:
+            time.sleep(POLL_SECONDS)
 
     def kill(self) -> None:
-        if not self.gone:
-            try:
-                signal.pidfd_send_signal(self.fd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if not self.has_ended:
+            with contextlib.suppress(OSError):
+                if self.fd >= 0:
+                    signal.pidfd_send_signal(self.fd, signal.SIGKILL)
+                else:
+                    os.kill(self.pid, signal.SIGKILL)
+
+
+def _any_readable(fds: list[int], seconds: float) -> bool:
+    poll = select.poll()  # ``select.select`` ends at descriptor 1023
+    for fd in fds:
+        poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+class PeerProcesses:
+    """The processes of the other ranks of this host, by rank.
+
+    Attributes:
+        ended: when each was seen to have ended, on the monotonic clock, and its wait status.
+    """
+
+    def __init__(self) -> None:
+        self.ended: dict[int, tuple[float, int | None]] = {}
+        self._running: dict[int, PeerProcess] = {}
+
+    def add(self, rank: int, pid: int, started: int) -> None:
+        self._running[rank] = PeerProcess(pid, started)
+
+    def wait(self, seconds: float) -> None:
+        """Until one ends, at most so long; on one thread only."""
+        fds = [process.fd for process in self._running.values() if process.fd >= 0]
+        _any_readable(fds, seconds)
+        for rank, process in list(self._running.items()):
+            if process.has_ended:
+                del self._running[rank]
+                self.ended[rank] = time.monotonic(), process.let_go()
+
+    @property
+    def any_ended(self) -> bool:
+        """From any thread: also what ``wait`` has not come to yet."""
+        return bool(self.ended) or any(p.has_ended for p in list(self._running.values()))
+
+    def stopped(self) -> list[int]:
+        """Ranks that are stopped, as by SIGSTOP."""
+        return [rank for rank, process in list(self._running.items()) if process.stopped]
+
+    def end(self, rank: int, patience: float) -> None:
+        """Kill a rank that does not end by itself within ``patience`` seconds."""
+        process = self._running.get(rank)
+        if process is not None:
+            process.wait(patience)
+            process.kill()
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        for process in self._running.values():
+            process.let_go()
+        self._running.clear()

@@ -4,6 +4,8 @@ The main thread writes, a watch thread reads. Everything is a plain attribute th
 that only grows, so there is no lock, and writing costs less than a microsecond.
 """
 
+import threading
+
 from tprt.distributed.failure import Failure
 
 # Phases in which a rank owes no movement: it has nothing to do.
@@ -24,6 +26,7 @@ class Progress:
         waiting: the collective, record or device this rank waits for; empty while it works.
         trail: collectives entered since ``enter``, in order.
         group: ranks of the launch that step together with this one, the leader first.
+        thread: that works, by its identifier.
         failure: what ended the ranks, once the watch knows; raised out of waits.
         last: phase, step and detail of when it last did not rest.
         stuck: a wait was left while its collective goes on: its group cannot be destroyed in peace.
@@ -33,27 +36,30 @@ class Progress:
         self.phase, self.step, self.detail = phase, -1, ""
         self.moves = 0
         self.waiting = ""
-        self.kind = phase
+        self.kind = ""
         self.trail: list[str] = []
         self.usual: dict[str, list[str]] = {}  # trail of a whole step of each kind
         self.group: tuple[int, ...] = ()
         self._deviated, self.stuck = "", False
         self.failure: Failure | None = None
         self.last = phase, -1, ""
+        self.thread = threading.main_thread().ident or 0
 
     def enter(self, phase: str, step: int = -1, detail: str = "", kind: str = "") -> None:
         """A phase or step begins.
 
         Args:
-            kind: steps of one kind enter the same collectives; empty for the phase itself.
+            kind: steps of one kind enter the same collectives, in the same order; empty where that is
+                not so.
         """
-        if self.step >= 0:
+        if self.kind:
             self._deviated = self._deviated or self._compare(whole=True)
             self.usual.setdefault(self.kind, self.trail)
         self.trail = []
         if self.phase not in RESTING:
             self.last = self.phase, self.step, self.detail
-        self.phase, self.step, self.detail, self.kind = phase, step, detail, kind or phase
+        self.phase, self.step, self.detail, self.kind = phase, step, detail, kind
+        self.thread = threading.get_ident()
         self.moves += 1
 
     def move(self, detail: str | None = None) -> None:
@@ -84,7 +90,7 @@ class Progress:
 
     def _compare(self, whole: bool) -> str:
         usual, trail = self.usual.get(self.kind), list(self.trail)
-        if usual is None or self.step < 0:
+        if usual is None or not self.kind:
             return ""
         if trail == (usual if whole else usual[: len(trail)]):
             return ""

@@ -8,11 +8,14 @@ left the common sequence of collectives, and the one that did says so or is told
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from tprt.distributed.failure import Failure
+from tprt.distributed.liveness import how_it_ended
 from tprt.distributed.progress import RESTING
 from tprt.errors import PeerLost, RankMismatch
+
+BUG = "this is a bug of the program on that rank, or its memory is damaged; please report it"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Limits:
 
     Args:
         step_timeout: without movement in a step, a call or a final write, or without any sign of life.
-        load_timeout: without movement while weights are loaded and kernels prepared.
+        load_timeout: without movement while weights are loaded, kernels prepared, the output written.
         interval: between posts.
     """
 
@@ -30,7 +33,7 @@ class Limits:
     interval: float = 0.5
 
     def of(self, phase: str) -> float:
-        return self.load_timeout if phase in ("load", "warm-up") else self.step_timeout
+        return self.load_timeout if phase in ("load", "warm-up", "write") else self.step_timeout
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,74 @@ def stalled(rank: int, host: str, post: Post, limits: Limits) -> Failure | None:
     if post.phase in RESTING or post.waiting or post.idle <= limit:
         return None
     setting = "engine.load_timeout" if limit == limits.load_timeout else "engine.step_timeout"
+    hint = f"if it only needs longer: a larger {setting}; allowed are {limit:g} s without progress"
+    what = f"rank {rank}, which has not moved for {post.idle:.0f} s"
+    return _of(rank, "stalled", what, host, post, hint)
+
+
+def died(peer: Peer, post: Post, status: int | None) -> Failure:
+    """A rank whose process has ended before it had said that its work is done.
+
+    Args:
+        post: the last known of it.
+        status: as of ``wait``, where known.
+    """
+    kind, words = how_it_ended(status)
+    hint = "look for its own message"
+    if kind == "killed":
+        hint = "the same command resumes the job; out of host memory is a common reason"
+    return _of(peer.rank, kind, f"rank {peer.rank}, which {words}", peer.host, post, hint)
+
+
+def launcher_lost(parent: int | None, host: str, post: Post, how: str) -> Failure:
+    what = f"the launcher (process {parent}), which {how}"
+    return _of(
+        -1, "launcher", what, host, replace(post, stack=[]), "the same command resumes the job"
+    )
+
+
+def store_lost(rank: int, host: str, post: Post, why: str, hint: str) -> Failure:
+    """Seen from a rank that cannot tell whose fault it is."""
+    return _of(
+        rank, "unreachable", f"rank {rank}, which {why}", host, replace(post, stack=[]), hint
+    )
+
+
+def store_went_with(first: Peer, post: Post, error: str) -> Failure:
+    """The store lies on rank 0's host, as a rule."""
+    what = f"rank 0, whose host took the rendezvous store with it: {error}"
+    hint = "look at that host, for the message of its ranks or launcher"
+    return _of(0, "silent", what, first.host, post, hint)
+
+
+def left_sequence(rank: int, host: str, post: Post, odd: str) -> Failure:
+    """This rank's own confession."""
+    what = f"rank {rank}, which left the common sequence: {odd}"
+    return _of(rank, "mismatch", what, host, replace(post, stack=[]), BUG, RankMismatch.exit_code)
+
+
+def left_behind(rank: int, host: str, post: Post, seconds: float) -> Failure:
+    what = f"rank {rank}, which does not end {seconds:.0f} s after rank 0"
+    return _of(rank, "stalled", what, host, post, "see its stack")
+
+
+def connections_broke(peer: Peer, now: float) -> Failure:
+    """A rank of another host that is gone, as far as can be told from here."""
+    what = f"rank {peer.rank}, whose connections broke and which is silent for {now - peer.heard:.1f} s"
+    return _of(peer.rank, "silent", what, peer.host, peer.post, "look at its host and the network")
+
+
+def _of(
+    rank: int,
+    kind: str,
+    what: str,
+    host: str,
+    post: Post,
+    hint: str,
+    code: int = PeerLost.exit_code,
+) -> Failure:
     return Failure(
-        "stalled",
-        rank,
-        f"rank {rank}, which has not moved for {post.idle:.0f} s",
-        host=host,
-        phase=post.phase,
-        step=post.step,
-        where=post.where,
-        hint=f"if it only needs longer: a larger {setting}; allowed are {limit:g} s without progress",
-        stack=post.stack,
+        kind, rank, what, code, host, post.phase, post.step, post.where, hint, post.stack
     )
 
 
@@ -121,25 +182,13 @@ def silent(peer: Peer, now: float, limits: Limits) -> Failure | None:
         )
     kind, why, hint = "silent", "has given no sign of life", "look at its host and the network"
     if peer.stopped:
-        kind, why, hint = (
-            "stopped",
-            "is stopped (SIGSTOP or a debugger) and silent",
-            "see who stopped it",
-        )
+        kind, why = "stopped", "is stopped (SIGSTOP or a debugger) and silent"
+        hint = "see who stopped it"
     elif peer.local:
         kind = "stalled"  # not even its threads get to run
         hint = "its process is there: look at what it does (py-spy dump --pid)"
-    return Failure(
-        kind,
-        peer.rank,
-        f"rank {peer.rank}, which {why} for {seconds:.0f} s",
-        host=peer.host,
-        phase=peer.post.phase,
-        step=peer.post.step,
-        where=peer.post.where,
-        hint=hint,
-        stack=peer.post.stack,
-    )
+    what = f"rank {peer.rank}, which {why} for {seconds:.0f} s"
+    return _of(peer.rank, kind, what, peer.host, peer.post, hint)
 
 
 def deadlock(posts: Mapping[int, Post], hosts: Mapping[int, str], limits: Limits) -> Failure | None:
@@ -157,18 +206,10 @@ def deadlock(posts: Mapping[int, Post], hosts: Mapping[int, str], limits: Limits
     rank, why = _odd_one(posts)
     post = posts[rank]
     waits = "; ".join(f"rank {r} waits in {p.waiting} of step {p.step}" for r, p in posts.items())
-    return Failure(
-        "mismatch" if post.deviates else "deadlock",
-        rank,
-        f"rank {rank}, {why}: {waits}",
-        code=(RankMismatch if post.deviates else PeerLost).exit_code,
-        host=hosts.get(rank, ""),
-        phase=post.phase,
-        step=post.step,
-        where=post.where,
-        hint="this is a bug of the program on that rank, or its memory is damaged; please report it",
-        stack=post.stack,
-    )
+    kind, code = "deadlock", PeerLost.exit_code
+    if post.deviates:
+        kind, code = "mismatch", RankMismatch.exit_code
+    return _of(rank, kind, f"rank {rank}, {why}: {waits}", hosts.get(rank, ""), post, BUG, code)
 
 
 def _odd_one(posts: Mapping[int, Post]) -> tuple[int, str]:

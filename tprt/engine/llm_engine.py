@@ -27,7 +27,7 @@ from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
 from tprt.engine.step_record import Kind, StepRecord
 from tprt.engine.step_result import StepResult
-from tprt.errors import RankMismatch, StepTimeout, TprtError
+from tprt.errors import PeerLost, RankMismatch, TprtError
 from tprt.faults import fault_point
 from tprt.kernels.noise import NON_FINITE
 from tprt.tokenizer import Detokenizer, Tokenizer
@@ -158,7 +158,7 @@ class LLMEngine:
         except RankMismatch:
             self.broken = True
             raise
-        except StepTimeout:
+        except PeerLost:
             self.broken = True
             self.tp.abort()  # a kernel that waits for a peer would never give the device back
             raise
@@ -321,6 +321,7 @@ class LLMEngine:
                 call = "idle"
                 answer = json.loads(record.text)
                 if name is not None:
+                    self.tp.progress.enter("idle")
                     if answer["error"] is not None:
                         raise TprtError.from_json(answer["error"])
                     return answer["value"], logits

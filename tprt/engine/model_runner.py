@@ -35,7 +35,7 @@ from tprt.engine.step_record import (
 )
 from tprt.engine.step_result import StepResult
 from tprt.engine.transfer import download, upload
-from tprt.errors import StepTimeout
+from tprt.errors import PeerLost, StepTimeout
 from tprt.faults import fault_point
 from tprt.kernels import kernels_for
 from tprt.log import get_logger
@@ -61,10 +61,10 @@ def warm_up_shapes(max_tokens: int, max_model_len: int, max_rows: int) -> list[l
 
 
 def _kind(record: StepRecord) -> str:
-    """Steps of one kind enter the same collectives in the same order."""
+    """Of steps that enter the same collectives in the same order; empty where none are alike."""
     flags = record.rows[:, 3]
     if (flags & ~DRAW).any():
-        return f"step {record.step}"  # scores prompts, a number of collectives of its own
+        return ""  # scores prompts, with a number of collectives of its own
     return f"{record.full} {record.logprobs >= 0} {bool((flags & DRAW).any())}"
 
 
@@ -180,8 +180,8 @@ class ModelRunner:
         with self._on_device():
             last = download((self.no_digest,))
         try:
-            last.wait("the start", START_SECONDS)
-        except StepTimeout:
+            last.wait("the start", START_SECONDS, self.tp.progress.check)
+        except PeerLost:
             self.tp.abort()
             raise
 
@@ -205,7 +205,9 @@ class ModelRunner:
     def execute(self, record: StepRecord, checksum: int) -> StepResult:
         """Queue one STEP record. ``checksum`` is the CRC this rank found in it."""
         phase = "decode" if (record.rows[:, 2] == 1).all() else "prefill"
-        self.tp.progress.enter(phase, record.step, kind=_kind(record))
+        # On a device collectives lie in graphs and kernels, out of sight of the host.
+        kind = _kind(record) if self.stream is None else ""
+        self.tp.progress.enter(phase, record.step, kind=kind)
         fault_point(phase)
         with self._on_device():
             self._apply(record)
