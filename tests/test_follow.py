@@ -83,7 +83,8 @@ def test_heartbeats_carry_followers_over_a_long_pause():
 def test_without_heartbeats_the_same_pause_loses_them():
     """The negative control of the test above."""
     (_, _), (said, seconds) = run_ranks(_pause, 2, NEVER)
-    assert "1000ms" in said and seconds < 2
+    # Its own limit, or that of rank 0 behind it, which has given up on this rank meanwhile.
+    assert ("1000ms" in said or "because of rank 0" in said) and seconds < 5
 
 
 def _interrupted(path: str, interval: float) -> object:
@@ -247,7 +248,8 @@ def _ends_without_close() -> tuple[str, float] | None:
 def test_rank_0_that_ends_without_close_is_noticed():
     """``run_ranks`` also checks that its process ends at once, and in peace, for all its thread."""
     answers, (said, seconds) = run_ranks(_ends_without_close, 2)
-    assert answers == WORDS and said.startswith("a collective failed") and seconds < 20
+    assert answers == WORDS and seconds < 20
+    assert said == "ended because of rank 0, which left with code 0 before the work was over"
 
 
 def _own_calls() -> bool | list[list[str]]:

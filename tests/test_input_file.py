@@ -120,11 +120,19 @@ def test_a_long_line_is_never_held(tmp_path, monkeypatch):
     assert scan_input(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_a_line_that_cannot_be_read_has_no_id_to_be_taken(tmp_path):
+    """Records numbered from 0, one of them damaged: it gets its error and stops nothing."""
+    path = write(tmp_path / "in", {"id": 0, "prompt": "a"}, "{", {"id": 2, "prompt": "b"}, "[")
+    assert scan_input(path).records == 4
+    assert [(r.line, r.id, r.error is None) for r in records(path)] == [
+        (1, "0", True), (2, "2", False), (3, "2", True), (4, "4", False),
+    ]  # fmt: skip
+
+
 def test_duplicate_ids_are_refused_with_both_lines(tmp_path):
     for lines, where in (
         (({"id": "a"}, {"id": "b"}, "", {"id": "a"}), "lines 1 and 4"),
         (({"id": "2"}, {"prompt": "x"}), "lines 1 and 2"),  # an id that a line number gives
-        (({"id": 3}, {"custom_id": "x"}, "{"), "lines 1 and 3"),  # of a line that cannot be read
         (({"id": "\ud800"}, {"custom_id": "\ud800"}), "lines 1 and 2"),
     ):
         path = write(tmp_path / "in", *lines)

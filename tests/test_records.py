@@ -130,7 +130,8 @@ def test_the_id_alone_is_that_of_the_record():
         raw = (
             line if isinstance(line, bytes) else line if isinstance(line, str) else json.dumps(line)
         )
-        assert record_id(raw if isinstance(raw, bytes) else raw.encode(), 1) == record.id
+        found = record_id(raw if isinstance(raw, bytes) else raw.encode(), 1)
+        assert found == record.id or (found is None and record.error)
 
 
 def test_output_appears_whole_and_replaces_only_at_the_end(tmp_path):

@@ -15,6 +15,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 VARIABLE = "TPRT_FAULT"
+# How often torch's launcher, and ours, have started this rank's launch before.
+ATTEMPT_VARIABLES = ("TORCHELASTIC_RESTART_COUNT", "TPRT_RESTART_COUNT")
 
 
 class InjectedFault(RuntimeError):
@@ -48,7 +50,7 @@ class Fault:
     def concerns(self, point: str, detail: str) -> bool:
         here = {
             "rank": os.environ.get("RANK", "0"),
-            "attempt": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            "attempt": str(sum(int(os.environ.get(name, "0")) for name in ATTEMPT_VARIABLES)),
             "detail": detail,
         }
         return point == self.point and all(

@@ -161,13 +161,14 @@ def _fingerprint(settings: Settings, facts: "InputFacts") -> dict[str, Any]:
 
 def _run_here(settings: Settings, args: argparse.Namespace) -> int:
     from tprt.cli.ranks import run_together
-    from tprt.distributed.tp_group import launched_size
+    from tprt.distributed.tp_group import launch_attempt, launched_size
     from tprt.distributed.verdict import Limits
     from tprt.job.generate import run_job
     from tprt.job.summary import print_summary
 
     limits = Limits(settings.engine.step_timeout, settings.engine.load_timeout)
-    job = make_job(settings, launched_size(), tensor_parallel_size(settings), args.restart)
+    restart = args.restart and launch_attempt() == 0  # ranks started once more go on
+    job = make_job(settings, launched_size(), tensor_parallel_size(settings), restart)
 
     def work(ending: "Ending") -> int:
         report = run_job(
@@ -183,7 +184,7 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
                 "first of %d failed records: %s", report.summary.failed, report.first_error
             )
         if args.show:
-            with contextlib.suppress(OSError):  # the job is done; who reads may be gone
+            with contextlib.suppress(OSError, ConfigError):  # the job is done; who reads may be gone
                 _show(job, report.summary.records)
         print_summary(report.summary, job.log_format)
         return report.exit_code

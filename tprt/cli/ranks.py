@@ -24,7 +24,7 @@ from tprt.errors import EXIT_BUG, EXIT_SIGINT, EXIT_SIGTERM, PeerLost, TprtError
 from tprt.log import report
 
 # The main thread is given this long to end by itself: after a failure elsewhere, after a signal.
-FAILURE_GRACE, SIGNAL_GRACE = 1.0, 3.0
+FAILURE_GRACE, SIGNAL_GRACE, LEAVE_SECONDS = 1.0, 3.0, 8.0
 DONE_SECONDS = 5.0
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
@@ -45,6 +45,9 @@ class Ending:
         self.before_end: list[Callable[[Failure], None]] = []
         self._claimed = threading.Lock()
 
+    def begin(self) -> None:
+        """From here on signals are heard."""
+
     def close(self) -> None:
         """The work is done."""
 
@@ -56,6 +59,9 @@ class Ending:
     def on_signal(self, number: int) -> None:
         """On a thread of its own: the main thread may be where no Python handler runs."""
         time.sleep(SIGNAL_GRACE)
+        _leave_in(
+            LEAVE_SECONDS, EXIT_SIGTERM
+        )  # also where the main thread saves, or speaks to nobody
         if self._claimed.acquire(blocking=False):
             name = signal.Signals(number).name
             self._save(_alone(Terminated(name)))
@@ -75,28 +81,35 @@ class RankEnding(Ending):
         debug: print tracebacks.
     """
 
-    watch: Watch
-
     def __init__(self, limits: Limits, debug: bool) -> None:
         super().__init__()
-        self.debug = debug
+        self.limits, self.debug = limits, debug
+
+    def begin(self) -> None:
         rank, parent = int(os.environ["RANK"]), os.getppid()
-        _die_with(parent, rank)
         detect = frozenset(filter(None, os.environ.get(DETECT, ",".join(Watch.ALL)).split(",")))
-        self.watch = Watch(
-            launch_store("watch"), rank, launched_size(), limits, self._on_failure, parent, detect
-        ).start()
+        # Another starter may do it from a thread that ends.
+        if "TORCHELASTIC_RUN_ID" in os.environ and "launcher" in detect:
+            _die_with(parent, rank)
+        store, size = launch_store("watch"), launched_size()
+        self.watch = Watch(store, rank, size, self.limits, self._on_failure, parent, detect).start()
 
     def close(self) -> None:
         """The work of this rank is done. Rank 0, whose code counts, leaves last."""
+        assert self.watch is not None
         if self.watch.rank == 0:
             self.watch.wait_for_others(DONE_SECONDS)
         self.watch.close()
 
-    def end(self, error: BaseException) -> NoReturn:
-        """Leave because of ``error``, or of what is behind it; from the main thread."""
-        _deaf_to_signals()
+    def end(self, error: BaseException) -> None:
+        """Leave because of ``error``, or of what is behind it; from the main thread.
+
+        Comes back only where the ranks have not met yet.
+        """
         watch = self.watch
+        if watch is None:
+            return
+        _deaf_to_signals()
         if self.debug:
             traceback.print_exception(error)
         if isinstance(error, Exception) and (told := out_of_memory(error)) is not None:
@@ -111,31 +124,37 @@ class RankEnding(Ending):
             failure = watch.explain() or watch.fail(watch.of(error, error.exit_code))
         else:
             failure = watch.fail(watch.of(error, _code(error, PeerLost.exit_code)))
-        self._leave(failure, error)
+        self._leave(watch, failure, error)
 
     def _on_failure(self, failure: Failure) -> None:
         """On the watch's thread. The main thread, told by its waits, may come to ``end`` itself."""
         time.sleep(FAILURE_GRACE)
-        self._leave(failure, None)
+        assert self.watch is not None
+        self._leave(self.watch, failure, None)
 
     def on_signal(self, number: int) -> None:
         """On a thread of its own: the main thread may be where no Python handler runs."""
+        if (
+            self.watch is None
+        ):  # the main thread waits for the others, in C code, perhaps for minutes
+            _say(f"tprt: ended by {signal.Signals(number).name}")
+            os._exit(EXIT_SIGTERM)
         time.sleep(SIGNAL_GRACE)
-        name = signal.Signals(number).name
-        self._leave(self.watch.interrupted(f"ended by {name}", EXIT_SIGTERM), None)
+        what = f"ended by {signal.Signals(number).name}"
+        self._leave(self.watch, self.watch.interrupted(what, EXIT_SIGTERM), None)
 
-    def _leave(self, failure: Failure, error: BaseException | None) -> NoReturn:
+    def _leave(self, watch: Watch, failure: Failure, error: BaseException | None) -> NoReturn:
         if not self._claimed.acquire(blocking=False):
             time.sleep(3600)  # another thread of this process is leaving
-        _say(self._message(failure, error))
-        self.watch.end_stuck_peer()  # first: what speaks for it must not meet it
+        _leave_in(LEAVE_SECONDS, failure.code)  # a disk or a reader of stderr may keep us for ever
+        watch.end_stuck_peer()  # first: what speaks for it must not meet it
         self._save(failure)
+        _say(self._message(watch.rank, failure, error))
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
         os._exit(failure.code)
 
-    def _message(self, failure: Failure, error: BaseException | None) -> str:
-        rank = self.watch.rank
+    def _message(self, rank: int, failure: Failure, error: BaseException | None) -> str:
         if failure.interrupted:
             return f"tprt: {failure.what}" if rank == failure.rank else ""
         own = getattr(error, "what", None)
@@ -168,6 +187,7 @@ def ending_together(limits: Limits, debug: bool) -> Iterator[Ending]:
     ending = Ending() if launched_size() == 1 else RankEnding(limits, debug)
     with _signals_seen(ending.on_signal):
         try:
+            ending.begin()
             yield ending
         except BaseException as error:
             ending.end(error)
@@ -193,6 +213,9 @@ def run_together(limits: Limits, debug: bool, work: Callable[[Ending], int]) -> 
 @contextlib.contextmanager
 def _signals_seen(tell: Callable[[int], None]) -> Iterator[None]:
     """Call ``tell`` on a thread for SIGTERM and SIGUSR1 even while the main thread is in C code."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the business of whoever has the main thread
+        return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
 
@@ -200,6 +223,7 @@ def _signals_seen(tell: Callable[[int], None]) -> Iterator[None]:
         while number := os.read(reading, 1):
             if number[0] in ENDING:
                 tell(number[0])
+        os.close(reading)
 
     threading.Thread(target=read, name="tprt-signals", daemon=True).start()
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -219,6 +243,13 @@ def _deaf_to_signals() -> None:
             return
         except (Terminated, KeyboardInterrupt):
             pass  # it came just before
+
+
+def _leave_in(seconds: float, code: int) -> None:
+    """Whatever else happens: this process ends after so long."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def _die_with(parent: int, rank: int) -> None:

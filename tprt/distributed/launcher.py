@@ -34,9 +34,11 @@ from tprt.errors import (
     PeerLost,
     TprtError,
 )
+from tprt.faults import ATTEMPT_VARIABLES
 from tprt.log import say
 
 DEFAULT_PORT = 29400
+RESTART_COUNT = ATTEMPT_VARIABLES[1]
 MEETING_TIMEOUT = timedelta(minutes=10)
 # torch hands these on to the ranks, and kills those that have not ended SHUTDOWN_SECONDS later.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
@@ -159,6 +161,7 @@ def launch(
             if code in FINAL or attempt == max_restarts:
                 return code
             attempt += 1
+            os.environ[RESTART_COUNT] = str(attempt)
             say(
                 f"tprt: the ranks ended with {code}; starting them again ({attempt} of {max_restarts})"
             )

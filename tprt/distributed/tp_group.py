@@ -21,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from tprt.distributed.progress import Progress
 from tprt.errors import ConfigError, PeerLost
+from tprt.faults import ATTEMPT_VARIABLES
 
 CPU = torch.device("cpu")
 # On the host ranks also wait for one another's reading and tokenizing; on a device only for a step.
@@ -130,7 +131,7 @@ def launch_store(name: str) -> Any:
     """
     if "store" not in _launch:
         _launch["store"] = _rendezvous()[0]
-    return PrefixStore(f"tprt/{_attempt()}/{name}", _launch["store"].clone())
+    return PrefixStore(f"tprt/{launch_attempt()}/{name}", _launch["store"].clone())
 
 
 def init_tp_group(
@@ -277,7 +278,7 @@ def _init_default_group() -> None:
     try:
         dist.init_process_group(
             "gloo",
-            store=PrefixStore(f"tprt/{_attempt()}/{_made['default']}", store),
+            store=PrefixStore(f"tprt/{launch_attempt()}/{_made['default']}", store),
             rank=rank,
             world_size=size,
             timeout=HOST_TIMEOUT,
@@ -286,8 +287,9 @@ def _init_default_group() -> None:
         raise _could_not_meet(error) from error
 
 
-def _attempt() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def launch_attempt() -> int:
+    """How often the launcher, torch's or ours, has started these ranks before."""
+    return sum(int(os.environ.get(name, "0")) for name in ATTEMPT_VARIABLES)
 
 
 def _rendezvous() -> tuple[Any, int, int]:

@@ -5,6 +5,7 @@ is the journal's matter.
 """
 
 import contextlib
+import errno
 import os
 import threading
 import time
@@ -158,6 +159,8 @@ class AppendFile:
     def _sync_now(self) -> Exception | None:
         try:
             fault_point("journal.fsync")
+            if os.fstat(self.fd).st_size < self._durable:
+                return OSError(errno.EIO, "somebody has cut it off")
             os.fsync(self.fd)
         except Exception as error:
             return error

@@ -8,6 +8,7 @@ journal; no model.
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 
 from tprt.job.input_file import InputFile, Shard
 from tprt.job.journal import Journal
@@ -29,6 +30,7 @@ QUARANTINED = (
 class Dispatcher:
     """Args:
     window: sequences handed out and not yet come back, at most.
+    tick: called now and then while the input is read.
 
     Attributes:
         retried, quarantined: records tried alone, and those given up.
@@ -46,11 +48,12 @@ class Dispatcher:
         journal: Journal,
         queue: Outlet,
         window: int,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self.journal, self.queue, self.window = journal, queue, window
         self._special = {*journal.suspects, *journal.quarantined}
-        self._alone = source.records(defaults, job_seed, shard, wanted=self._special.__contains__)
-        self._rest = source.records(defaults, job_seed, shard, wanted=self._is_due)
+        self._alone = source.records(defaults, job_seed, shard, self._special.__contains__, tick)
+        self._rest = source.records(defaults, job_seed, shard, self._is_due, tick)
         self._out: dict[int, int] = {}  # line -> sequences
         self._sequences = 0
         self._over = False

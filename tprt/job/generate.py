@@ -19,7 +19,7 @@ from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK
 from tprt.job.dispatcher import Dispatcher
 from tprt.job.input_file import InputFacts, InputFile, Shard, scan_input
 from tprt.job.journal import Journal, journal_path
-from tprt.job.output_file import AtomicOutput, Written, remove_leftovers
+from tprt.job.output_file import AtomicOutput, Written, remove_leftovers, resolved
 from tprt.job.progress import JobProgress
 from tprt.job.replica import Replica, window_of
 from tprt.job.status_file import JobStatus, StatusFile, StatusUpdater, read_status, status_path
@@ -66,7 +66,7 @@ class Job:
     def own_output(self) -> Path:
         """With all that lies beside it where the file itself is, if this is a link."""
         path = self.output if self.shard is None else self.shard.path(self.output)
-        return path.resolve() if path.is_symlink() else path
+        return resolved(path) if path.is_symlink() else path
 
     @property
     def replicas(self) -> int:
@@ -79,12 +79,10 @@ class JobReport:
 
     Args:
         first_error: of the records that failed in this attempt.
-        again: nothing was to be done: the job had been finished before.
     """
 
     summary: JobSummary
     first_error: str = ""
-    again: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -211,7 +209,16 @@ class JobRun:
             self.seconds["loading"] = time.monotonic() - began
             queue = LocalQueue() if job.replicas == 1 else StoreQueue(launch_store("job"))
             window = window_of(job.max_num_seqs) * job.replicas
-            work = Dispatcher(source, job.defaults, job.seed, job.shard, journal, queue, window)
+            work = Dispatcher(
+                source,
+                job.defaults,
+                job.seed,
+                job.shard,
+                journal,
+                queue,
+                window,
+                self.progress.move,
+            )
             self.status.enter("running")
             began = time.monotonic()
             with JobProgress(
@@ -254,7 +261,7 @@ class JobRun:
         journal.sync()
 
         def lines() -> Iterator[str]:
-            for number, (_, text) in enumerate(journal.results()):
+            for number, (_, text) in enumerate(journal.results(self.progress.move)):
                 if number % LINES_PER_MOVE == 0:
                     self.progress.move()
                 yield text
@@ -331,11 +338,11 @@ class JobRun:
             resumed=status.finished,
             output_bytes=status.output_size or 0,
         )
-        return JobReport(summary, again=True)
+        return JobReport(summary)
 
     def failed(self, failure: Failure) -> None:
         """Save what can be saved; on whatever thread knows that the process is about to leave."""
-        if self.journal is None:
+        if self.journal is None or (self.status is not None and self.status.status.is_final):
             return
         kind = "killed" if failure.kind == "killed" else "crash"
         if failure.from_outside or failure.code in NOT_THE_RECORDS:

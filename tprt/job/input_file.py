@@ -92,8 +92,8 @@ class _Line(NamedTuple):
     text: bytes | None  # None for a line over MAX_LINE_BYTES
 
     @property
-    def id(self) -> str:
-        return str(self.number) if self.text is None else record_id(self.text, self.number)
+    def id(self) -> str | None:
+        return None if self.text is None else record_id(self.text, self.number)
 
 
 def scan_input(path: Path) -> InputFacts:
@@ -106,15 +106,17 @@ def scan_input(path: Path) -> InputFacts:
             both lines are named.
     """
     digest, ids = hashlib.sha256(), array("q")
-    lines = 0
+    lines = records = 0
     with _opened(path) as file:
         identity = _identity(file)
         for line in _lines(file, digest):
             lines = line.number
-            if not _blank(line):
-                ids.append(_id_hash(line.id))
+            if _blank(line):
+                continue
+            records += 1
+            if (found := line.id) is not None:
+                ids.append(_id_hash(found))
         _check_unchanged(file, identity, path)
-    records = len(ids)
     suspects = _repeated(ids)
     for start in range(0, len(suspects), COMPARED_IDS):
         _refuse_duplicates(path, set(suspects[start : start + COMPARED_IDS].tolist()), identity)
@@ -137,12 +139,14 @@ class InputFile:
         job_seed: int,
         shard: Shard | None = None,
         wanted: Callable[[int], bool] | None = None,
+        tick: Callable[[], None] = lambda: None,
     ) -> Iterator[Record]:
         """The records in input order, one at a time; bad lines among them, with their errors.
 
         Args:
             shard: yield only its records; None for all.
             wanted: yield only records of lines for which it is true; the others are not parsed.
+            tick: called now and then, also where nothing is yielded for long.
 
         Raises:
             ConfigError: the file is not what was scanned. This is known by its size, time and inode
@@ -155,6 +159,7 @@ class InputFile:
             _check_unchanged(file, identity, self.path)
             for line in _lines(file, digest):
                 if line.number % LINES_PER_LOOK == 0:
+                    tick()
                     _check_unchanged(file, identity, self.path)
                 if _blank(line):
                     continue
@@ -214,12 +219,13 @@ def _refuse_duplicates(path: Path, suspects: set[int], identity: tuple[int, ...]
     with _opened(path) as file:
         _check_unchanged(file, identity, path)
         for line in _lines(file, hashlib.sha256()):
-            if _blank(line) or _id_hash(line.id) not in suspects:
+            record_id = None if _blank(line) else line.id
+            if record_id is None or _id_hash(record_id) not in suspects:
                 continue
-            key = hashlib.sha256(line.id.encode("utf-8", "surrogatepass")).digest()
+            key = hashlib.sha256(record_id.encode("utf-8", "surrogatepass")).digest()
             if key in seen:
                 raise ConfigError(
-                    f"id {line.id[:200]!r} stands twice",
+                    f"id {record_id[:200]!r} stands twice",
                     where=f"{path}, lines {seen[key]} and {line.number}",
                     hint="give every record an id of its own; without one it is the line number",
                 )

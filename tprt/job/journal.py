@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,11 @@ class Journal:
             self._file.append(line, timeout=END_TIMEOUT, after_error=True)
             self._ended = True
 
-    def results(self) -> Iterator[tuple[int, str]]:
+    def results(self, tick: Callable[[], None] = lambda: None) -> Iterator[tuple[int, str]]:
         """(line, output line) of all finished records in the order of their lines.
+
+        Args:
+            tick: called now and then while the file is read, before the first line comes.
 
         Reads the file, and holds 8 bytes per record. Nothing may be finished meanwhile.
 
@@ -201,7 +204,7 @@ class Journal:
         """
         try:
             with reader(self._file.fd, self._file.end) as file:
-                pairs = ((entry.result, entry.offset) for entry in read_entries(file))
+                pairs = ((entry.result, entry.offset) for entry in read_entries(file, tick))
                 found = ((result.line, offset) for result, offset in pairs if result)
                 for offset in self._done.order(found):
                     result = read_result(file, offset)

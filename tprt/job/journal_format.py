@@ -16,10 +16,11 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 FORMAT = 1
+LINES_PER_TICK = 1000
 HEAD_BYTES = 2**20  # of a line that recovery holds; only results are longer
 _PREFIX = 9  # CRC and blank
 
@@ -82,10 +83,14 @@ def _line(payload: bytes) -> bytes:
     return b"%08x %b\n" % (zlib.crc32(payload), payload)
 
 
-def read_entries(file: BinaryIO) -> Iterator[Entry]:
-    """All lines from the start, damaged ones too. Holds a MiB at a time, however long a line is."""
+def read_entries(file: BinaryIO, tick: Callable[[], None] = lambda: None) -> Iterator[Entry]:
+    """All lines from the start, damaged ones too. Holds a MiB at a time, however long a line is.
+
+    Args:
+        tick: called every few lines.
+    """
     file.seek(0)
-    offset = 0
+    offset = number = 0
     while head := file.readline(HEAD_BYTES):
         last, size = head, len(head)
         crc = zlib.crc32(head[_PREFIX:].removesuffix(b"\n"))
@@ -94,7 +99,9 @@ def read_entries(file: BinaryIO) -> Iterator[Entry]:
             crc = zlib.crc32(last.removesuffix(b"\n"), crc)
         whole = last.endswith(b"\n") and head[:_PREFIX] == b"%08x " % crc
         yield Entry(offset, size, head[_PREFIX:].removesuffix(b"\n") if whole else None)
-        offset += size
+        offset, number = offset + size, number + 1
+        if number % LINES_PER_TICK == 0:
+            tick()
 
 
 def read_result(file: BinaryIO, offset: int) -> Result:

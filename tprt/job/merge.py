@@ -88,7 +88,9 @@ def _find_shards(output: Path) -> list[Shard]:
     pattern = re.compile(
         rf"{re.escape(output.name)}\.([0-9]{{1,6}})-of-([0-9]{{1,6}})(\.journal|\.status\.json)?"
     )
-    found = [match for path in output.parent.iterdir() if (match := pattern.fullmatch(path.name))]
+    matches = (pattern.fullmatch(path.name) for path in output.parent.iterdir())
+    # Not 7-of-4, which no shard is called.
+    found = [match for match in matches if match and int(match[1]) < int(match[2])]
     counts = sorted({int(match[2]) for match in found})
     if not counts:
         raise ConfigError(

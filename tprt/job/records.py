@@ -117,12 +117,15 @@ def long_record(size: int, number: int, defaults: SamplingParams) -> Record:
     return Record(number, str(number), None, defaults).failed(error)
 
 
-def record_id(raw: bytes, number: int) -> str:
-    """The id that ``parse_record`` gives line ``number``, for a fraction of its work."""
+def record_id(raw: bytes, number: int) -> str | None:
+    """The id that ``parse_record`` gives line ``number``, for a fraction of its work.
+
+    None for a line that cannot be read: its number only stands in for an id.
+    """
     try:
         return _id(_json_object(raw), number)
     except (ConfigError, RecursionError):  # what could just be parsed may be too deep to be quoted
-        return str(number)
+        return None
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ model and no files.
 """
 
 import json
+import secrets
 from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -88,43 +89,70 @@ class LocalQueue:
         return self._over and not self._records
 
 
+LONG = "long:"  # no JSON begins so
+
+
 class StoreQueue:
     """Args:
     store: a connection of its own to torch's TCPStore, under a prefix of this attempt.
     """
 
     WORK, RESULTS, END = "work", "results", "end"
+    # TCPStore drops a connection that sends a value of 8 MiB.
+    MOST_BYTES = 4 * 2**20
 
     def __init__(self, store: Any) -> None:
         self.store = store
 
     def put(self, record: Record) -> None:
-        self.store.queue_push(self.WORK, json.dumps(_record_to_json(record)))
+        self._push(self.WORK, json.dumps(_record_to_json(record)))
 
     def end(self) -> None:
         self.store.set(self.END, "1")
 
     def collect(self) -> Result | None:
         found = self._pop(self.RESULTS)
-        return found and Result(**json.loads(found))
+        return None if found is None else Result(**json.loads(found))
 
     def take(self) -> Record | None:
         found = self._pop(self.WORK)
-        return found and _record_from_json(json.loads(found))
+        return None if found is None else _record_from_json(json.loads(found))
 
     def give(self, result: Result) -> None:
-        self.store.queue_push(self.RESULTS, json.dumps(asdict(result)))
+        self._push(self.RESULTS, json.dumps(asdict(result)))
 
     @property
     def ended(self) -> bool:
         # In this order: the end is set after the last record was put.
         return bool(self.store.check([self.END])) and self.store.queue_len(self.WORK) == 0
 
-    def _pop(self, key: str) -> Any:
+    def _push(self, key: str, text: str) -> None:
+        """What is long lies under keys of its own, and only their names go into the queue."""
+        if len(text) > self.MOST_BYTES:
+            name = secrets.token_hex(8)
+            pieces = [
+                text[start : start + self.MOST_BYTES]
+                for start in range(0, len(text), self.MOST_BYTES)
+            ]
+            for number, piece in enumerate(pieces):
+                self.store.set(f"{name}/{number}", piece)
+            text = f"{LONG}{name}/{len(pieces)}"
+        self.store.queue_push(key, text)
+
+    def _pop(self, key: str) -> str | None:
         try:
-            return self.store.queue_pop(key, False)
+            found = self.store.queue_pop(key, False)
         except QueueEmptyError:
             return None
+        text: str = found.decode()
+        if not text.startswith(LONG):
+            return text
+        name, _, count = text.removeprefix(LONG).partition("/")
+        keys = [f"{name}/{number}" for number in range(int(count))]
+        pieces = [self.store.get(key).decode() for key in keys]
+        for key in keys:
+            self.store.delete_key(key)
+        return "".join(pieces)
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:

@@ -6,6 +6,7 @@ root logger nor stdout. Knows no command line and no HTTP.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
 from tprt.config import RotaryPrecision
+from tprt.distributed.failure import Failure
 from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
 from tprt.distributed.vocabulary import show_ranges
 from tprt.distributed.watch import Watch
@@ -180,14 +182,47 @@ class LLM:
             self.tp.progress.group = self.tp.launch_ranks
             return None
         self.tp.progress.group = tuple(range(self.tp.size))
-        return start_watch(self.tp, self.engine_config)
+        this = weakref.ref(self)  # the watch must not keep what nobody uses any more
+
+        def on_failure(_: Failure) -> None:
+            # Waits on the host look at ``progress``; kernels that wait for a peer must be ended. Those
+            # of now: the start may replace a communicator that hung.
+            if (llm := this()) is not None:
+                llm.tp.abort()
+
+        return start_watch(self.tp, self.engine_config, on_failure)
+
+    def _serve(self, name: str | None) -> tuple[Any, list[torch.Tensor]]:
+        """On ranks above 0: ``serve``, with failures told and named."""
+        try:
+            return self._engine.serve(name)
+        except Exception as error:
+            self._name(error)
+            raise
+
+    def _name(self, error: Exception) -> None:
+        """Tell the ranks of a failure of this one, and of a peer's raise the name instead.
+
+        Raises:
+            PeerLost, RankMismatch: the failure behind ``error``, which is a lost peer.
+        """
+        watch = self._watch
+        if watch is None:
+            return
+        if isinstance(error, PeerLost) and watch.failure is None:
+            watch.explain()
+        elif self._running is not None and self._running.broken:
+            watch.fail(watch.of(error, as_tprt_error(error).exit_code))
+        first = watch.failure
+        if isinstance(error, PeerLost) and first is not None and first.rank != self.tp.rank:
+            raise first.as_error() from error
 
     def _leave_ranks(self, tp: TPGroup, failed: bool) -> None:
         """Take down watch and groups; nothing waits for a peer that does not answer."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close(failed or tp.progress.failure is not None)
-        if tp.progress.stuck:
+        if tp.progress.stuck or (tp.progress.failure is not None and tp.device.type == "cuda"):
             tp.abandon()
         else:
             tp.close()
@@ -261,6 +296,11 @@ class LLM:
 
     @property
     def _engine(self) -> LLMEngine:
+        self._refuse_closed()
+        assert self._running is not None
+        return self._running
+
+    def _refuse_closed(self) -> None:
         if self._running is None:
             raise ConfigError("this LLM is closed", hint="make another one")
         if self._running.broken:
@@ -268,7 +308,6 @@ class LLM:
                 "the ranks of this LLM are in different states since an earlier error or interrupt",
                 hint="close it and make another one",
             )
-        return self._running
 
     def make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """Turn a prompt into ids and check that it can ever fit. Local to this rank.
@@ -302,7 +341,7 @@ class LLM:
             RankMismatch: the ranks are in different calls, or did not compute the same.
         """
         if self.tp.rank != 0:
-            return [RequestOutput.from_json(o) for o in self._engine.serve("generate")[0]]
+            return [RequestOutput.from_json(o) for o in self._serve("generate")[0]]
 
         with self._leading("generate") as answer:
             added = self._add_all(prompts, sampling_params)
@@ -331,7 +370,7 @@ class LLM:
             ConfigError, RankMismatch: as ``generate``, at the first event.
         """
         if self.tp.rank != 0:
-            self._engine.serve("stream")
+            self._serve("stream")
             return
         with self._leading("stream"):
             added = self._add_all(prompts, sampling_params)
@@ -447,7 +486,7 @@ class LLM:
             ConfigError: no ids, an id out of range, or more than the model or cache can hold.
         """
         if self.tp.rank != 0:
-            return torch.cat(self._engine.serve("logits")[1])
+            return torch.cat(self._serve("logits")[1])
 
         with self._leading("logits"):
             (seq,) = self._engine.add(self._inputs.given(token_ids), wants_logits=True)
@@ -470,7 +509,7 @@ class LLM:
             ConfigError: as ``logits``, for any of the texts; nothing was scored.
         """
         if self.tp.rank != 0:
-            return cast(list[list[float | None]], self._engine.serve("score")[0])
+            return cast(list[list[float | None]], self._serve("score")[0])
 
         with self._leading("score") as answer:
             if not isinstance(token_ids, list | tuple):
@@ -519,7 +558,10 @@ class LLM:
         if (engine := self._running) is None:
             return
         engine.abort_all()
-        if isinstance(error, PeerLost | RankMismatch):
+        if isinstance(error, PeerLost):
+            self._name(error)
+            return
+        if isinstance(error, RankMismatch):
             return
         if isinstance(error, Exception):
             with suppress(PeerLost, OutputError):  # the first error says more
@@ -547,7 +589,7 @@ class LLM:
             ConfigError: the file cannot be read, is damaged, or needs another model or more memory.
         """
         if self.tp.rank != 0:
-            self._engine.serve("replay")
+            self._serve("replay")
             return []
         with self._leading("replay"):
             recording = self.engine_config.record_path
@@ -594,10 +636,11 @@ class LLM:
             raise ConfigError(
                 "rank 0 leads; only the others follow", hint="call generate on rank 0"
             )
-        engine, store, key = self._engine, self.tp.store, following_key(self.tp.rank)
+        self._refuse_closed()
+        store, key = self.tp.store, following_key(self.tp.rank)
         store.set(key, "1")
         try:
-            engine.serve(None)
+            self._serve(None)
         except PeerLost:  # the store may be lost with rank 0: to ask it could take minutes
             raise
         except BaseException:
@@ -625,8 +668,8 @@ class LLM:
         finally:
             del engine
             self._leave_ranks(tp, failed)
-            if tp.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if tp.device.type == "cuda" and tp.progress.failure is None:
+                torch.cuda.empty_cache()  # waits for kernels, which may wait for a peer that is gone
             if self._record_file is not None:
                 close_record_file(self._record_file)
 

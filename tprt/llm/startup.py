@@ -20,6 +20,7 @@ from tprt.config import (
     parse_trim_vocab,
 )
 from tprt.distributed.communication import gather_json
+from tprt.distributed.failure import Failure
 from tprt.distributed.self_test import check_captured_collectives
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.verdict import Limits
@@ -112,17 +113,11 @@ def resolve_vocabulary(vocab_size: int, tokenizer: Tokenizer | None, asked: obje
     return vocabulary
 
 
-def start_watch(tp: TPGroup, engine: EngineConfig) -> Watch:
-    """A watch over the ranks of ``tp`` alone, for a library: it raises, and ends no process.
-
-    What a rank waits for ends within a moment of the failure: waits on the host look at
-    ``tp.progress``, collectives of a device are aborted.
-    """
+def start_watch(tp: TPGroup, engine: EngineConfig, on_failure: Callable[[Failure], None]) -> Watch:
+    """A watch over the ranks of ``tp`` alone, for a library: it raises, and ends no process."""
     store = PrefixStore("watch", tp.store.clone())
     limits = Limits(engine.step_timeout, engine.load_timeout)
-    return Watch(
-        store, tp.rank, tp.size, limits, on_failure=lambda _: tp.abort(), progress=tp.progress
-    ).start()
+    return Watch(store, tp.rank, tp.size, limits, on_failure, progress=tp.progress).start()
 
 
 def check_ranks_agree(tp: TPGroup, facts: dict[str, Any]) -> None:
