@@ -29,7 +29,7 @@ from tprt.cli.chat_terminal import Figures, Interrupts, Reader, Screen, neutral
 from tprt.cli.common import settings_from
 from tprt.engine.outputs import StreamEvent
 from tprt.errors import ConfigError, OutputError, PeerLost, TprtError
-from tprt.job.records import read_records
+from tprt.job.records import parse_record
 from tprt.sampling_params import MAX_SEED, SamplingParams
 
 # ---------------------------------------------------------------- the conversation
@@ -196,7 +196,7 @@ def test_what_is_saved_is_complete_and_tprt_generate_takes_it(tmp_path):
     ask(chat, 'first "q"\n\x1b', "first é")
     ask(chat, "second", "the end")
     assert "2 turns" in chat.take(f"/save {path}").say
-    (record,) = read_records(io.BytesIO(path.read_bytes()), SamplingParams(), 0)
+    record = parse_record(path.read_bytes(), 1, SamplingParams(), 0)
     assert record.error is None and record.id == "my talk"
     assert record.prompt == {"messages": chat.messages[:3]}
     assert json.loads(path.read_text())["body"]["metadata"] == {"answer": "the end"}

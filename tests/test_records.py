@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tprt.engine.outputs import CompletionOutput, RequestOutput
-from tprt.errors import ConfigError, OutputError
+from tprt.errors import OutputError
 from tprt.job.output_file import AtomicOutput, create_temporary
-from tprt.job.records import read_records, record_id, record_seed, result_line
+from tprt.job.records import parse_record, record_id, record_seed, result_line
 from tprt.sampling_params import SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.0, max_tokens=8)
@@ -26,7 +26,7 @@ def read(*lines: str | bytes | dict):
         else (line if isinstance(line, str) else json.dumps(line)).encode()
         for line in lines
     ]
-    return list(read_records((r + b"\n" for r in raw), DEFAULTS, job_seed=1))
+    return [parse_record(r + b"\n", number, DEFAULTS, 1) for number, r in enumerate(raw, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -70,19 +70,6 @@ def test_long_line_is_an_error_record(monkeypatch):
     monkeypatch.setattr("tprt.job.records.MAX_LINE_BYTES", 100)
     (record,) = read({"prompt": "a" * 200})
     assert "allowed are 100" in record.error
-
-
-def test_blank_lines_bom_and_crlf():
-    records = read(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r', "", "   ", {"prompt": "b"})
-    assert [(r.id, r.line) for r in records] == [("1", 1), ("4", 4)]
-    assert all(r.error is None for r in records)
-
-
-def test_duplicate_ids_are_refused_with_both_lines():
-    """Also an explicit id that collides with another record's line number."""
-    with pytest.raises(ConfigError) as caught:
-        read({"prompt": "a"}, {"id": "1", "prompt": "b"})
-    assert "'1'" in caught.value.what and caught.value.where == "lines 1 and 2"
 
 
 def test_params_override_defaults_and_seed_comes_from_the_id():

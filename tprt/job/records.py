@@ -7,7 +7,6 @@ record with an error and never stops a job. Knows no files, no model and no tens
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,31 +54,6 @@ class Record:
         if len(error) > MAX_ERROR_LENGTH:
             error = f"{error[:MAX_ERROR_LENGTH]} ... ({len(error)} characters)"
         return replace(self, error=error)
-
-
-def read_records(
-    lines: Iterable[bytes], defaults: SamplingParams, job_seed: int
-) -> Iterator[Record]:
-    """Parse lines; blank ones are skipped but counted.
-
-    Raises:
-        ConfigError: two lines have the same id; both are named.
-    """
-    seen: dict[str, int] = {}
-    for number, raw in enumerate(lines, start=1):
-        if number == 1:
-            raw = raw.removeprefix(BYTE_ORDER_MARK)
-        if not raw.strip():
-            continue
-        record = parse_record(raw, number, defaults, job_seed)
-        if record.id in seen:
-            raise ConfigError(
-                f"id {record.id!r} stands twice",
-                where=f"lines {seen[record.id]} and {number}",
-                hint="give every record an id of its own",
-            )
-        seen[record.id] = number
-        yield record
 
 
 def record_seed(job_seed: int, record_id: str) -> int:
