@@ -193,7 +193,7 @@ def test_a_cut_link_is_named_on_both_sides(hosts, running, tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_on_another_host_is_named(hosts, running, victim):
     """No process of the other host can be seen: broken connections and missing posts tell."""
-    nodes, out, _ = running
+    nodes, _, _ = running
     name, began = hosts.names[victim], time.monotonic()
     pids = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True, text=True)
     for pid in pids.stdout.split():

@@ -184,7 +184,8 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
                 "first of %d failed records: %s", report.summary.failed, report.first_error
             )
         if args.show:
-            with contextlib.suppress(OSError, ConfigError):  # the job is done; who reads may be gone
+            # The job is done; who reads may be gone.
+            with contextlib.suppress(OSError, ConfigError):
                 _show(job, report.summary.records)
         print_summary(report.summary, job.log_format)
         return report.exit_code
