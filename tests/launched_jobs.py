@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,14 +35,26 @@ def write_prompts(path: Path, count: int) -> Path:
     with path.open("w") as file:
         for i in range(count):
             words = " ".join(("lamp", "canoe", "frog", "moon")[: i % 4 + 1])
-            file.write(json.dumps({"id": f"r{i}", "prompt": f"human: Repeat: {words}\n\nadept:"}) + "\n")
+            file.write(
+                json.dumps({"id": f"r{i}", "prompt": f"human: Repeat: {words}\n\nadept:"}) + "\n"
+            )
     return path
 
 
 def generate(prompts: Path, out: Path, *flags: str) -> list[str]:
     """Arguments of ``tprt`` for a greedy job."""
     files = ["--input", str(prompts), "--output", str(out)]
-    return ["generate", "--model", str(TINY), "--dtype", "float32", "--temperature", "0", *files, *flags]
+    return [
+        "generate",
+        "--model",
+        str(TINY),
+        "--dtype",
+        "float32",
+        "--temperature",
+        "0",
+        *files,
+        *flags,
+    ]
 
 
 def command(launcher: str, ranks: int, arguments: list[str], restarts: int = 0) -> list[str]:
@@ -118,8 +129,21 @@ class LaunchedJob:
             time.sleep(0.01)
         return at
 
+    def wait_for_rank(
+        self, number: int, words: str, times: int, seconds: float = OUTER_SECONDS
+    ) -> int:
+        """The process of a rank once ``words`` have been said so many times."""
+        until = time.monotonic() + seconds
+        while sum(words in line for _, line in list(self.lines)) < times:
+            assert self.process.poll() is None, self.text
+            assert time.monotonic() < until, self.text
+            time.sleep(0.01)
+        return self.rank(number)
+
     def alive(self) -> list[int]:
-        return [pid for pid, environ in _environments() if self.mark.encode() in environ.split(b"\0")]
+        return [
+            pid for pid, environ in _environments() if self.mark.encode() in environ.split(b"\0")
+        ]
 
     def rank(self, number: int) -> int:
         """The process that is a rank: the one of its environment that has no such parent."""
@@ -163,10 +187,18 @@ class LaunchedJob:
         """Processes, sockets, shared memory and temporary files that the job has left."""
         left = [f"process {pid}" for pid in self.alive()]
         left += [f"listening socket {inode}" for inode, _ in _listening() if inode in self.sockets]
-        held = _held_shared_memory()
-        new = set(os.listdir(SHM)) - self.shm_before
-        left += [f"/dev/shm/{name}" for name in sorted(new) if name not in held]
+        left += [f"/dev/shm/{name}" for name in sorted(self._shared_memory_left())]
         return left + temporary_files(out)
+
+    def _shared_memory_left(self) -> set[str]:
+        """New files there that stay, and that no living process, another job's, has open."""
+        left = set(os.listdir(SHM)) - self.shm_before
+        if left:
+            held = _held_shared_memory()
+            left = {name for name in left if _inode(SHM / name) not in held}
+        if left:
+            time.sleep(1)  # another job's, that is about to remove it
+        return left & set(os.listdir(SHM))
 
 
 def temporary_files(out: Path) -> list[str]:
@@ -194,24 +226,25 @@ def _listening() -> Iterator[tuple[str, str]]:
                     yield fields[9], fields[1]
 
 
-def _held_shared_memory() -> set[str]:
-    """Names in /dev/shm that some living process has open or mapped: another job's."""
+def _held_shared_memory() -> set[int]:
+    """Inodes of files in /dev/shm that some living process has open or mapped."""
     held = set()
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 for line in Path(entry.path, "maps").read_text().splitlines():
                     if str(SHM) in line:
-                        held.add(line.partition(f"{SHM}/")[2].removesuffix(" (deleted)"))
+                        held.add(int(line.split()[4]))
             with contextlib.suppress(OSError):
                 for fd in Path(entry.path, "fd").iterdir():
                     with contextlib.suppress(OSError):
-                        if (target := os.readlink(fd)).startswith(f"{SHM}/"):
-                            held.add(target.removeprefix(f"{SHM}/"))
+                        if os.readlink(fd).startswith(f"{SHM}/"):
+                            held.add(fd.stat().st_ino)
     return held
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
