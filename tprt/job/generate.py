@@ -163,6 +163,7 @@ class JobRun:
         self.journal: Journal | None = None
         self.status: StatusUpdater | None = None
         self.seconds: dict[str, float] = {}
+        self.has_begun = False  # in this attempt or an earlier one
         self._resumed = 0
 
     def run(self, make_llm: Callable[[list[int] | None], LLM]) -> JobReport:
@@ -181,6 +182,7 @@ class JobRun:
             self._tell(SKIP)
             return report
         self._resumed = journal.num_done
+        self.has_begun = journal.attempt > 1
         self._begin_status(total, fingerprint)
         if journal.num_done:
             logger.info(
@@ -240,6 +242,7 @@ class JobRun:
     def _generate(self, work: Dispatcher, replica: Replica, shown: JobProgress) -> None:
         journal, progress = self.journal, self.progress
         assert journal is not None
+        self.has_begun = True
         if self.job.replicas > 1:
             work.start()
         while not work.over:
@@ -358,7 +361,10 @@ class JobRun:
                     finished=done.num_done, failed=done.num_failed, tokens=done.tokens
                 )
                 _end_status(self.status, failure)
-                self._say_how_far(self.status.status)
+                if self.has_begun:
+                    self._say_how_far(self.status.status)
+                else:
+                    self.journal.close(remove=True)  # nothing to go on from
 
     def _say_how_far(self, status: JobStatus) -> None:
         left = "is as it was" if self.job.own_output.exists() else "was not written"

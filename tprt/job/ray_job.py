@@ -35,6 +35,7 @@ class RayJob(JobRun):
     def compute(self, make_llm: Any, source: InputFile, total: int) -> JobReport:
         job, journal = self.job, self.journal
         assert journal is not None
+        self.has_begun = True
         window, began = window_of(job.max_num_seqs), time.monotonic()
         pool, clean = RayReplicas(self.start, job.replicas, window), False
         try:
