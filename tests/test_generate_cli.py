@@ -97,7 +97,7 @@ def test_empty_input_gets_a_warning(tmp_path, capsys):
     assert (tmp_path / "out").read_text() == ""
     said = capsys.readouterr()
     assert f"{tmp_path / 'in'} holds no records" in said.err and "0 records" in said.out
-    assert main(command(tmp_path / "out")) == 0
+    assert main(command(tmp_path / "out", "--restart")) == 0
     assert "holds no records" not in capsys.readouterr().err
 
 
@@ -170,9 +170,11 @@ def test_a_finished_job_is_not_computed_again(tmp_path, capsys):
     assert "finished already" not in capsys.readouterr().err and out.read_bytes() == first
     assert main(command(out, "--restart")) == 0
     assert out.read_bytes() == first and out.stat().st_mtime_ns > before.st_mtime_ns
-    assert main(command(out, "--temperature", "0.5")) == 0, (
-        "another job: the old output is replaced"
-    )
+    assert main(command(out, "--temperature", "0.5")) == 2
+    said = capsys.readouterr().err
+    assert "of another job: sampling.temperature" in said and "--restart" in said
+    assert out.read_bytes() == first and "journal" not in str(list(tmp_path.iterdir()))
+    assert main(command(out, "--temperature", "0.5", "--restart")) == 0
 
 
 def test_a_changed_job_does_not_resume(tmp_path, capsys):

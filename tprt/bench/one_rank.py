@@ -12,8 +12,11 @@ from tprt.distributed.tp_group import TPGroup
 
 
 class _Done:
-    def wait(self) -> None:
+    def wait(self, timeout: Any = None) -> None:
         return None
+
+    def is_completed(self) -> bool:
+        return True
 
 
 class _Group:

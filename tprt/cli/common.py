@@ -27,7 +27,6 @@ FLAGS = {
     "tp": "parallel.tensor",
     "input": "job.input",
     "output": "job.output",
-    "shard": "job.shard",
     "log_format": "job.log_format",
     "max_restarts": "job.max_restarts",
     "max_tokens": "sampling.max_tokens",
@@ -90,8 +89,11 @@ def settings_from(args: argparse.Namespace) -> Settings:
         value = getattr(args, flag, None)
         if value is not None:
             flags[key] = value
-    if "engine.seed" in flags and hasattr(args, "shard"):
-        flags["job.seed"] = flags["engine.seed"]  # a flag wins over the file for records too
+    if hasattr(args, "restart"):  # a batch job; elsewhere --shard means something else
+        if args.shard is not None:
+            flags["job.shard"] = args.shard
+        if "engine.seed" in flags:
+            flags["job.seed"] = flags["engine.seed"]  # a flag wins over the file for records too
     if (nproc := getattr(args, "nproc", None)) is not None:
         flags["parallel.tensor"] = _ranks_per_replica(args, flags, nproc)
     return load_settings(args.config, args.set, flags)

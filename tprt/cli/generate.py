@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -167,6 +168,7 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
     from tprt.job.summary import print_summary
 
     limits = Limits(settings.engine.step_timeout, settings.engine.load_timeout)
+    _warn_of_restarts(settings)
     restart = args.restart and launch_attempt() == 0  # ranks started once more go on
     job = make_job(settings, launched_size(), tensor_parallel_size(settings), restart)
 
@@ -191,6 +193,17 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
         return report.exit_code
 
     return run_together(limits, args.debug, work)
+
+
+def _warn_of_restarts(settings: Settings) -> None:
+    """Ranks cannot start themselves again: that was their launcher's to know."""
+    launcher = ("TPRT_MAX_RESTARTS", "TORCHELASTIC_MAX_RESTARTS")
+    if settings.job.max_restarts > sum(int(os.environ.get(name, "0")) for name in launcher):
+        logger.warning(
+            "job.max_restarts is %d, but %s: nothing will be started again",
+            settings.job.max_restarts,
+            "the launcher was not told" if "RANK" in os.environ else "one process has no launcher",
+        )
 
 
 def _merge(settings: Settings) -> int:

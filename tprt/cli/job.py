@@ -33,7 +33,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "status",
         help="state, progress and errors of the job that writes OUT",
         description="Show state, progress and errors of the job that writes OUT, while it runs and "
-        "afterwards, however it ended. With OUT in shards: all of them.",
+        "afterwards, however it ended. With OUT in shards: all of them. Exits with 0 when it could "
+        "tell, whatever the state, and with 2 where there is no such job; --json has exit_code.",
         allow_abbrev=False,
     )
     status.add_argument(

@@ -168,6 +168,8 @@ class RankEnding(Ending):
                 [*lines, "  try:   the same command resumes; if it happens again, report it"]
             )
         told = [f"tprt: error: ended because of {failure.what}"]
+        if failure.kind == "exception":
+            return f"[rank {rank}] {told[0]}"  # the rank itself says the rest
         told += [f"  where: {failure.place}"] if failure.place else []
         told += [f"  try:   {failure.hint}"] if failure.hint else []
         if (

@@ -15,8 +15,9 @@ from tprt.distributed.failure import Failure
 from tprt.distributed.progress import Progress
 from tprt.distributed.tp_group import launch_store
 from tprt.distributed.watch import Watch
-from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK
+from tprt.errors import EXIT_FAILED_RECORDS, EXIT_OK, ConfigError
 from tprt.job.dispatcher import Dispatcher
+from tprt.job.fingerprint import difference
 from tprt.job.input_file import InputFacts, InputFile, Shard, scan_input
 from tprt.job.journal import Journal, journal_path
 from tprt.job.output_file import AtomicOutput, Written, remove_leftovers, resolved
@@ -184,11 +185,13 @@ class JobRun:
         self._resumed = journal.num_done
         self.has_begun = journal.attempt > 1
         self._begin_status(total, fingerprint)
-        if journal.num_done:
+        if journal.attempt > 1:
             logger.info(
                 "attempt %d: %d of %d records are done already%s",
                 journal.attempt, journal.num_done, total,
-                f", {len(journal.suspects)} are tried alone" if journal.suspects else "",
+                f", {len(journal.suspects)} that were in flight at a crash are tried one by one first"
+                if journal.suspects
+                else "",
             )  # fmt: skip
         source = InputFile(job.input, facts)
         if journal.num_done == total:
@@ -329,8 +332,15 @@ class JobRun:
         assert self.journal is not None
         if self.journal.attempt > 1 or status is None or status.state != "finished":
             return None
-        if status.fingerprint != fingerprint or status.output_sha256 != _digest(job.own_output):
+        if status.output_sha256 != _digest(job.own_output):
             return None
+        if different := difference(status.fingerprint, fingerprint):
+            self.journal.close(remove=True)
+            raise ConfigError(
+                "the output is that of another job: " + "; ".join(different),
+                where=str(job.own_output),
+                hint="another --output, or --restart, which replaces it",
+            )
         logger.info("%s is finished already; --restart computes it again", job.own_output)
         summary = JobSummary(
             records=status.finished,
