@@ -109,7 +109,7 @@ class LLMEngine:
         ahead = self._look_ahead(row.seq for row in plan.rows)
         record = build_record(plan, self._next_number(), self.tokenizer.eod_id, ahead)
         self._begun = [plan]
-        self._in_flight.append((plan, self.runner.execute(record, self.control.send(record))))
+        self._in_flight.append((plan, self._execute(record, self.control.send(record))))
         self._begun = []
         while len(self._in_flight) > ahead:
             ended += self._retire()
@@ -331,7 +331,7 @@ class LLMEngine:
         try:
             return self.runner.execute(record, checksum)
         except BaseException:
-            self.broken = True  # this rank has left the middle of a call
+            self.broken = self.tp.size > 1  # this rank has left the others in the middle of a step
             raise
 
     def _flush(self, keep: int, logits: list[torch.Tensor]) -> None:

@@ -563,6 +563,9 @@ class LLM:
             return
         if isinstance(error, RankMismatch):
             return
+        if engine.broken and isinstance(error, Exception):
+            self._name(error)  # the others wait in a step: no record reaches them
+            return
         if isinstance(error, Exception):
             with suppress(PeerLost, OutputError):  # the first error says more
                 engine.end_call(error=as_tprt_error(error))
