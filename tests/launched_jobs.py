@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from conftest import ROOT, TINY
+
+from tprt.cli import main
 
 MARK = "TPRT_TEST_MARK"
 OUTER_SECONDS = 120.0  # after which a job is taken for hung, whatever is tested
@@ -55,6 +58,16 @@ def generate(prompts: Path, out: Path, *flags: str) -> list[str]:
         *files,
         *flags,
     ]
+
+
+def answer_here(arguments: list[str]) -> int:
+    """Run ``tprt`` in this process, as one rank; its exit code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # many times as fast where the cores are not ours alone
+    try:
+        return main(arguments)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def command(launcher: str, ranks: int, arguments: list[str], restarts: int = 0) -> list[str]:

@@ -18,6 +18,7 @@ from typing import NoReturn
 from tprt import __version__
 from tprt.cli import bench, chat, config, convert, doctor, generate, inspect, job, plan
 from tprt.cli.common import Terminated
+from tprt.cli.parent import end_with_launcher
 from tprt.errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
 from tprt.log import report, setup_cli_logging
 
@@ -47,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
+    end_with_launcher()
     # torch's own switch, read when it first allocates: on a CPU rows of weights are then looked up in
     # pages of 2 MiB. The program's to set, not the library's.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

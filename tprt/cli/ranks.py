@@ -5,7 +5,6 @@ journal, is handed in.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from tprt.cli.common import Terminated
+from tprt.cli.parent import DETECT, launcher_pid
 from tprt.distributed.failure import INTERRUPTED, Failure
 from tprt.distributed.tp_group import launch_store, launched_size
 from tprt.distributed.verdict import Limits
@@ -27,8 +27,6 @@ from tprt.log import report
 FAILURE_GRACE, SIGNAL_GRACE, LEAVE_SECONDS = 1.0, 3.0, 8.0
 DONE_SECONDS = 5.0
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
-PR_SET_PDEATHSIG = 1
-DETECT = "TPRT_WATCH"
 SHOWN_STACK_LINES = 12
 
 
@@ -86,11 +84,8 @@ class RankEnding(Ending):
         self.limits, self.debug = limits, debug
 
     def begin(self) -> None:
-        rank, parent = int(os.environ["RANK"]), os.getppid()
+        rank, parent = int(os.environ["RANK"]), launcher_pid()
         detect = frozenset(filter(None, os.environ.get(DETECT, ",".join(Watch.ALL)).split(",")))
-        # Another starter may do it from a thread that ends.
-        if "TORCHELASTIC_RUN_ID" in os.environ and "launcher" in detect:
-            _die_with(parent, rank)
         store, size = launch_store("watch"), launched_size()
         self.watch = Watch(store, rank, size, self.limits, self._on_failure, parent, detect).start()
 
@@ -252,14 +247,6 @@ def _leave_in(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
-
-
-def _die_with(parent: int, rank: int) -> None:
-    """The kernel ends this rank with its launcher; rank 0 by a signal that lets it save its work."""
-    number = signal.SIGTERM if rank == 0 else signal.SIGKILL
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it ended just before
-        os.kill(os.getpid(), number)
 
 
 def _alone(error: BaseException) -> Failure:

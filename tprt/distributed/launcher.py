@@ -39,6 +39,7 @@ from tprt.log import say
 
 DEFAULT_PORT = 29400
 RESTART_COUNT = ATTEMPT_VARIABLES[1]
+LAUNCHER_PID = "TPRT_LAUNCHER_PID"
 MAX_RESTARTS = "TPRT_MAX_RESTARTS"  # tells ranks what was asked of their launcher
 MEETING_TIMEOUT = timedelta(minutes=10)
 # torch hands these on to the ranks, and kills those that have not ended SHUTDOWN_SECONDS later.
@@ -153,7 +154,7 @@ def launch(
         PeerLost: the other nodes could not be met.
     """
     _prepare_environment(nodes, ranks)
-    os.environ[MAX_RESTARTS] = str(max_restarts)
+    os.environ |= {MAX_RESTARTS: str(max_restarts), LAUNCHER_PID: str(os.getpid())}
     rendezvous.register()
     attempt = 0
     try:

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 # On the host ranks also wait for one another's reading and tokenizing; on a device only for a step.
 HOST_TIMEOUT = timedelta(hours=1)
 DEVICE_TIMEOUT = timedelta(minutes=5)
-INIT_TIMEOUT = timedelta(minutes=10)
+INIT_TIMEOUT, STORE_TIMEOUT = timedelta(minutes=10), timedelta(minutes=1)
 
 
 @dataclass(frozen=True)
@@ -293,8 +293,10 @@ def launch_attempt() -> int:
 
 
 def _rendezvous() -> tuple[Any, int, int]:
+    # A launcher's store is there before its ranks: if not now, then never again.
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return next(iter(rendezvous("env://", timeout=INIT_TIMEOUT)))
+        return next(iter(rendezvous("env://", timeout=STORE_TIMEOUT if held else INIT_TIMEOUT)))
     except (RuntimeError, ValueError) as error:
         raise _could_not_meet(error) from error
 
