@@ -209,8 +209,8 @@ def test_two_hundred_kills(tmp_path, undisturbed, capsys):
     where = ", ".join(f"{count} while {state}" for state, count in hits.most_common())
     whom = ", ".join(f"{count} of {victim}" for victim, count in victims.most_common())
     said = (
-        f"{sum(hits.values())} kills -9 in {jobs} jobs of {RECORDS} records ({where}; {whom}): no record "
-        f"was lost, doubled or given up; the longest end of a killed job took {longest:.1f} s."
+        f"{sum(hits.values())} kills -9 in {jobs} jobs of {RECORDS} records ({where}; {whom}): no "
+        f"record was lost, doubled or given up; the longest end of a killed job took {longest:.1f} s."
     )
     with capsys.disabled():
         print(f"\n{said}")

@@ -7,6 +7,7 @@ journal, is handed in.
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from tprt.log import report
 # The main thread is given this long to end by itself: after a failure elsewhere, after a signal.
 FAILURE_GRACE, SIGNAL_GRACE, LEAVE_SECONDS = 1.0, 3.0, 8.0
 DONE_SECONDS = 5.0
+CONNECT_SECONDS = 10.0
 ENDING = (signal.SIGTERM, signal.SIGUSR1)
 SHOWN_STACK_LINES = 12
 
@@ -86,6 +88,8 @@ class RankEnding(Ending):
     def begin(self) -> None:
         rank, parent = int(os.environ["RANK"]), launcher_pid()
         detect = frozenset(filter(None, os.environ.get(DETECT, ",".join(Watch.ALL)).split(",")))
+        if "launcher" in detect:
+            _check_launcher_lives()
         store, size = launch_store("watch"), launched_size()
         self.watch = Watch(store, rank, size, self.limits, self._on_failure, parent, detect).start()
 
@@ -247,6 +251,24 @@ def _leave_in(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
+
+
+def _check_launcher_lives() -> None:
+    """One that ended while this rank began, before the kernel was asked to tell, leaves no other trace.
+
+    Raises:
+        PeerLost: nothing listens where its store has been from before this rank was started.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return  # rank 0 is about to make the store
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(where, CONNECT_SECONDS).close()
+    except ConnectionRefusedError as error:
+        hint = "the same command starts the job again"
+        raise PeerLost("the launcher has ended before its ranks had begun", hint=hint) from error
+    except OSError:
+        pass  # a network that is slow to come up: who connects next has more patience
 
 
 def _alone(error: BaseException) -> Failure:
