@@ -84,19 +84,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: str) -> None
 
 def settings_from(args: argparse.Namespace) -> Settings:
     """Settings of the YAML file, the environment, ``--set`` and the flags, later ones winning."""
+    return load_settings(args.config, args.set, given_flags(args))
+
+
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags were given for."""
     flags: dict[str, Any] = {}
     for flag, key in FLAGS.items():
         value = getattr(args, flag, None)
         if value is not None:
             flags[key] = value
-    if hasattr(args, "restart"):  # a batch job; elsewhere --shard means something else
-        if args.shard is not None:
-            flags["job.shard"] = args.shard
-        if "engine.seed" in flags:
-            flags["job.seed"] = flags["engine.seed"]  # a flag wins over the file for records too
+    if isinstance(shard := getattr(args, "shard", None), str):  # a bench has a number of that name
+        flags["job.shard"] = shard
+    if "engine.seed" in flags and hasattr(args, "log_format"):
+        flags["job.seed"] = flags["engine.seed"]  # a flag wins over the file for records too
     if (nproc := getattr(args, "nproc", None)) is not None:
         flags["parallel.tensor"] = _ranks_per_replica(args, flags, nproc)
-    return load_settings(args.config, args.set, flags)
+    return flags
 
 
 def _ranks_per_replica(args: argparse.Namespace, flags: dict[str, Any], nproc: int) -> int:

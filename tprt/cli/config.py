@@ -12,11 +12,10 @@ from typing import Any
 import yaml
 
 from tprt.cli.common import (
-    FLAGS,
     add_model_flags,
     add_sampling_flags,
     add_settings_flags,
-    settings_from,
+    given_flags,
 )
 from tprt.cli.generate import add_job_flags
 from tprt.cli.settings import ResolvedSettings, resolve_settings
@@ -54,11 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = settings_from(args)
-    flags = {key: getattr(args, flag) for flag, key in FLAGS.items() if hasattr(args, flag)}
-    if args.nproc is not None:  # which replicas share
-        flags["parallel.tensor"] = settings.parallel.tensor
-    resolved = resolve_settings(args.config, args.set, flags)
+    resolved = resolve_settings(args.config, args.set, given_flags(args))
     if args.json:
         print(as_json(resolved, args.resolved))
     else:
