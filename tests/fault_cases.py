@@ -219,7 +219,7 @@ IN_CI = {
     "kill--9-write-rank0-nproc",
     "segmentation-fault-prefill-rank1-nproc",
     "exit-0-decode-rank0-torchrun",
-    "out-of-memory-decode-rank1-nproc",
+    "out-of-memory-load-rank1-nproc",
     "SIGSTOP-decode-rank1-nproc",
     "sleep-write-rank0-nproc",
     "collective-left-out-decode-rank0-nproc",

@@ -153,6 +153,17 @@ class LaunchedJob:
             time.sleep(0.01)
         return self.rank(number)
 
+    def wait_for_ranks(self, count: int) -> None:
+        """Until their processes are there."""
+        until = time.monotonic() + OUTER_SECONDS
+        while time.monotonic() < until:
+            with contextlib.suppress(ProcessLookupError):
+                for number in range(count):
+                    self.rank(number)
+                return
+            time.sleep(0.01)
+        raise TimeoutError(f"no ranks:\n{self.text}")
+
     def alive(self) -> list[int]:
         return [
             pid for pid, environ in _environments() if self.mark.encode() in environ.split(b"\0")

@@ -21,6 +21,7 @@ import pytest
 from fault_cases import (
     ANY_RANK,
     CASES,
+    DEATH_LIMIT,
     IN_CI,
     LAUNCHER,
     LOAD_TIMEOUT,
@@ -257,6 +258,29 @@ def test_a_detector_that_is_off_finds_nothing(case, started, request):
     assert not started[request.node.name].result()
 
 
+# ---------------------------------------------------------------- before anybody watches
+
+
+def kill_at_the_start(folder: Path, launcher: str, target: int, delay: float) -> None:
+    """While the ranks import what they need: nothing is left, and the code calls for a new start."""
+    out = folder / "out"
+    job_arguments = generate(write_prompts(folder / "in", RECORDS), out, *FLAGS)
+    with LaunchedJob(command(launcher, 2, job_arguments)) as job:
+        job.wait_for_ranks(2)
+        time.sleep(delay)
+        os.kill(job.process.pid if target == LAUNCHER else job.rank(target), signal.SIGKILL)
+        killed = time.monotonic()
+        assert job.wait() - killed < DEATH_LIMIT + CI_SLACK
+        failed = 1 if launcher == "torchrun" else 6
+        assert job.code == (-signal.SIGKILL if target == LAUNCHER else failed), job.text
+        assert job.leftovers(out) == [] and not out.exists()
+
+
+@pytest.mark.parametrize("target", [LAUNCHER, 0, 1])
+def test_killed_before_the_ranks_have_met(tmp_path, target):
+    kill_at_the_start(tmp_path, "nproc", target, 0.3)
+
+
 # ---------------------------------------------------------------- restarts
 
 
@@ -332,6 +356,16 @@ def test_every_fault(case, tmp_path, undisturbed):
 @pytest.mark.parametrize("case", [c for c in CASES if c.detectors], ids=lambda case: case.id)
 def test_every_detector_is_needed(case, tmp_path):
     assert not is_noticed(case, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["nproc", "torchrun"])
+@pytest.mark.parametrize("target", [LAUNCHER, 0, 1])
+def test_killed_at_any_time_of_the_start(tmp_path, launcher, target):
+    for number in range(20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        kill_at_the_start(folder, launcher, target, 0.05 * number)
 
 
 @pytest.mark.long

@@ -249,7 +249,7 @@ def test_rank_0_that_ends_without_close_is_noticed():
     """``run_ranks`` also checks that its process ends at once, and in peace, for all its thread."""
     answers, (said, seconds) = run_ranks(_ends_without_close, 2)
     assert answers == WORDS and seconds < 20
-    assert said == "ended because of rank 0, which left with code 0 before the work was over"
+    assert said.startswith("ended because of rank 0, which ")  # its code may be gone already
 
 
 def _own_calls() -> bool | list[list[str]]:

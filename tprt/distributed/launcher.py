@@ -245,8 +245,10 @@ def _code_of(error: ChildFailedError) -> int:
     if first.exitcode > 0:
         return int(first.exitcode)
     say(f"tprt: rank {rank} was ended by signal {-first.exitcode}")
-    told = (failure.exitcode for failure in error.failures.values() if failure.exitcode > 0)
-    return int(next(told, PeerLost.exit_code))
+    codes = [int(failure.exitcode) for failure in error.failures.values()]
+    # A rank that had not met the others knows no more than that this launcher asks it to end.
+    told = (code for code in codes if code > 0 and code not in (EXIT_SIGINT, EXIT_SIGTERM))
+    return next(told, PeerLost.exit_code)
 
 
 def build_parser() -> argparse.ArgumentParser:
