@@ -15,6 +15,7 @@ class TprtError(Exception):
     """
 
     exit_code = 1
+    rank: int | None = None  # of the launch: that met it, where all ranks raise it
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(what)

@@ -34,7 +34,7 @@ def _wait(start: Callable[[], Any], tp: TPGroup, what: str, on_host: bool) -> No
     try:
         if fault == "extra":
             _finish(start(), progress, on_host)
-            progress.wait_for(what)
+            progress.wait_for(what, collective=what != "record")
         work = start()
         if work is not None:  # newer backends give none where nothing is left to wait for
             _finish(work, progress, on_host)

@@ -133,12 +133,14 @@ class Watch:
         place = progress.phase, progress.step, progress.detail
         phase, step, detail = progress.last if progress.phase in RESTING else place
         what = getattr(error, "what", "") or f"{type(error).__name__}: {error}"
+        found, peers = getattr(error, "rank", None), self._channel.peers
+        rank = found if found in peers else self.rank  # another's, where all ranks raise it
         return Failure(
             "exception",
-            self.rank,
-            f"rank {self.rank}: {what}",
+            rank,
+            f"rank {rank}: {what}",
             code,
-            self.host,
+            self.host if rank == self.rank else peers[rank].host,
             phase,
             step,
             getattr(error, "where", "") or detail,

@@ -194,10 +194,12 @@ def together(tp: TPGroup, work: Callable[[], T]) -> T:
     """``work()`` on every rank; if it fails anywhere, all raise the error of the first rank."""
     value, error = attempt(work)
     if error is not None and tp.size > 1:
-        error.where = ", ".join(filter(None, (f"rank {tp.rank}", error.where)))
-    for failed in gather_json(error and error.to_json(), tp):
+        error.where = ", ".join(filter(None, (f"rank {tp.launch_ranks[tp.rank]}", error.where)))
+    for rank, failed in enumerate(gather_json(error and error.to_json(), tp)):
         if failed is not None:
-            raise TprtError.from_json(failed) from error
+            told = TprtError.from_json(failed)
+            told.rank = tp.launch_ranks[rank]
+            raise told from error
     return cast(T, value)
 
 
