@@ -21,6 +21,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+SET_BY_MAIN = ("THP_MEM_ALLOC_ENABLE", "TORCH_CPP_LOG_LEVEL")  # defaults for the process it is
+
+
+@pytest.fixture(autouse=True)
+def _environment_left_as_found():
+    """What a test or the code under it sets must not reach the processes that later tests start."""
+    before = _environment()
+    yield
+    after = _environment()
+    for name in before.keys() | after.keys():
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+    assert after == before
+
+
+def _environment() -> dict[str, str]:
+    own = {"PYTEST_CURRENT_TEST", *SET_BY_MAIN}
+    return {name: value for name, value in os.environ.items() if name not in own}
+
 
 @pytest.fixture(scope="session")
 def tiny() -> Path:

@@ -197,6 +197,71 @@ def test_a_changed_job_does_not_resume(tmp_path, capsys):
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+SLOW_IMPORT = """
+import time
+
+try:
+    with open("importing", "w"):
+        pass
+    time.sleep(1.5)
+    whole = True
+except BaseException:  # as some libraries have it
+    whole = False
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_an_import_to_end(tmp_path, number, code):
+    """Within one it would be swallowed, or leave half a module for others to fail on."""
+    (tmp_path / "slow.py").write_text(SLOW_IMPORT)
+    script = (
+        "import sys, time, tprt.cli.generate, tprt.cli\n"
+        "def run(args):\n    import slow; print(slow.whole, flush=True); time.sleep(60)\n"
+        "tprt.cli.generate.run = run\n"
+        "sys.exit(tprt.cli.main(['generate']))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        until = time.monotonic() + 60
+        while not (tmp_path / "importing").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        printed, said = process.communicate(timeout=60)
+    assert (process.returncode, printed) == (code, "True\n")
+    assert said.startswith("tprt: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("delay", [0.2, 0.5])
+def test_ctrl_c_while_it_starts_is_one_line(tmp_path, delay):
+    argv = [sys.executable, "-m", "tprt", *command(tmp_path / "out")]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(argv, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    if process.returncode == -signal.SIGINT:  # before the program could say so
+        assert said == ""
+    else:
+        assert (process.returncode, said) == (130, "tprt: interrupted\n")
+
+
+def test_a_launch_from_a_program_leaves_it_as_it_was(tmp_path):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert "TPRT_LAUNCHER_PID" not in os.environ
+    assert main([*command(tmp_path / "out"), "--nproc", "2"]) == 0
+    assert not {"TPRT_LAUNCHER_PID", "GLOO_SOCKET_IFNAME"} & set(
+        os.environ
+    )  # conftest.py: nor others
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_shards_answer_what_one_job_answers(tmp_path, capsys, ranks):
     out = tmp_path / "out"

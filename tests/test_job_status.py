@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from tprt.cli import job
+from tprt.distributed.failure import Failure
 from tprt.errors import ConfigError
+from tprt.job.generate import end_status
 from tprt.job.status_file import (
     MAX_BYTES,
     JobStatus,
@@ -494,6 +496,47 @@ def test_a_new_attempt_that_has_not_written_yet_runs(out, capsys):
     assert found["state"] == "running" and found["exit_code"] is found["error"] is None
     assert found["pid"] is None and str(os.getpid()) not in capsys.readouterr().out
     assert "attempt before" in found["notes"][0] and found["finished"] == 12
+
+
+def test_a_failure_that_its_launcher_cures_is_not_the_end(out, capsys, monkeypatch):
+    """Until the launcher would have done it: it may have been killed meanwhile."""
+    ended(out, "failed", 6, error=KILLED, restarts_left=2)
+    found = describe(out)
+    assert (found["state"], found["exit_code"], found["error"]["rank"]) == ("restarting", 6, 1)
+    assert "2 more times" in found["next"]
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 2:
+            said_before(out, 600)
+
+    monkeypatch.setattr("tprt.cli.job.time.sleep", sleep)
+    assert job_command(out, "--watch") == 0
+    said = capsys.readouterr().out
+    assert said.count("restarting") == len(naps) == 2 and f"{out}: failed" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "asked", "done", "left"),
+    [
+        ("killed", 6, 3, 1, 2),
+        ("killed", 6, 3, 3, 0),
+        ("exception", 2, 3, 0, 0),
+        ("launcher", 6, 3, 0, 0),
+        ("killed", 6, None, None, 0),
+    ],
+)
+def test_a_failure_says_how_often_the_launcher_may_try_again(
+    out, monkeypatch, kind, code, asked, done, left
+):
+    for name, value in (("TPRT_MAX_RESTARTS", asked), ("TPRT_RESTART_COUNT", done)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    updater = StatusUpdater(StatusFile(status_path(out)), status())
+    end_status(updater, Failure(kind, 1, "what", code))
+    assert json.loads(status_path(out).read_text())["restarts_left"] == left
 
 
 def test_a_job_that_has_said_its_last_word_is_believed_before_it_lets_go(out):

@@ -1,7 +1,13 @@
-"""``python -m tprt``: the same program as the ``tprt`` console script."""
+"""``python -m tprt``, and the console script ``tprt``."""
 
+import signal
 import sys
+
+# Ctrl-C while Python imports the rest ends the program without a traceback.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tprt.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,3 +114,13 @@ def out_of_memory(error: BaseException) -> OutOfMemoryPlan | None:
 
 
 EXIT_OK, EXIT_BUG, EXIT_FAILED_RECORDS, EXIT_SIGINT, EXIT_SIGTERM = 0, 1, 4, 130, 143
+# Codes after which the same start would end the same way, or is not wanted.
+FINAL_CODES = {
+    EXIT_OK,
+    ConfigError.exit_code,
+    CheckpointError.exit_code,
+    EXIT_FAILED_RECORDS,
+    OutputError.exit_code,
+    EXIT_SIGINT,
+    EXIT_SIGTERM,
+}

@@ -60,10 +60,10 @@ def say(line: str) -> None:
             stream.flush()
 
 
-def report(message: str) -> None:
-    """What ended the program, on stderr: as it is, or as one JSON object."""
+def report(message: str, event: str = "error") -> None:
+    """What ended the program or its ranks, on stderr: as it is, or as one JSON object."""
     as_json = _format["of stderr"] == "json"
-    say(event_line("error", message=message) if as_json else message)
+    say(event_line(event, message=message) if as_json else message)
 
 
 def _forget_unwritten() -> None:

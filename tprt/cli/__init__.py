@@ -4,21 +4,19 @@ Nothing heavy is imported until a subcommand runs, so that ``--help`` answers at
 """
 
 import argparse
-import contextlib
 import difflib
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tprt import __version__
 from tprt.cli import bench, chat, config, convert, doctor, generate, inspect, job, plan
 from tprt.cli.common import Terminated
 from tprt.cli.parent import end_with_launcher
+from tprt.cli.signals import signals_as_exceptions
 from tprt.errors import EXIT_BUG, EXIT_OK, EXIT_SIGINT, EXIT_SIGTERM, TprtError, out_of_memory
 from tprt.log import report, setup_cli_logging
 
@@ -61,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.arguments = arguments
     setup_cli_logging("debug" if args.debug else "info")
     try:
-        with _signals_as_exceptions():
+        with signals_as_exceptions():
             return int(args.run(args))
     except TprtError as error:
         _report(f"tprt: error: {error}", args.debug)
@@ -99,22 +97,6 @@ def _refuse(parser: argparse.ArgumentParser, unknown: list[str]) -> NoReturn:
         near = ["--nproc, which starts that many ranks"]
     hint = f"; did you mean {near[0]}?" if near else ""
     parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-
-
-@contextlib.contextmanager
-def _signals_as_exceptions() -> Iterator[None]:
-    def raise_it(number: int, _: object) -> None:
-        raise Terminated(signal.Signals(number).name)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {n: signal.signal(n, raise_it) for n in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _report(message: str, debug: bool) -> None:

@@ -162,7 +162,8 @@ def _fingerprint(settings: Settings, facts: "InputFacts") -> dict[str, Any]:
 
 def _run_here(settings: Settings, args: argparse.Namespace) -> int:
     from tprt.cli.ranks import run_together
-    from tprt.distributed.tp_group import launch_attempt, launched_size
+    from tprt.distributed.environment import launch_attempt
+    from tprt.distributed.tp_group import launched_size
     from tprt.distributed.verdict import Limits
     from tprt.job.generate import run_job
     from tprt.job.summary import print_summary
@@ -197,8 +198,9 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
 
 def _warn_of_restarts(settings: Settings) -> None:
     """Ranks cannot start themselves again: that was their launcher's to know."""
-    launcher = ("TPRT_MAX_RESTARTS", "TORCHELASTIC_MAX_RESTARTS")
-    if settings.job.max_restarts > sum(int(os.environ.get(name, "0")) for name in launcher):
+    from tprt.distributed.environment import max_restarts
+
+    if settings.job.max_restarts > max_restarts():
         logger.warning(
             "job.max_restarts is %d, but %s: nothing will be started again",
             settings.job.max_restarts,

@@ -15,12 +15,18 @@ from tprt.cli.common import add_settings_flags, settings_from
 from tprt.errors import EXIT_OK, ConfigError
 from tprt.job.progress import duration
 from tprt.job.status_file import ACTIVE_STATES
-from tprt.job.status_report import describe
+from tprt.job.status_report import GOES_ON, describe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-STYLES = {"finished": "green", "failed": "red", "dead": "red", "interrupted": "yellow"}
+STYLES = {
+    "finished": "green",
+    "failed": "red",
+    "dead": "red",
+    "interrupted": "yellow",
+    "restarting": "yellow",
+}
 Rows = list[tuple[str, str]]
 
 
@@ -100,14 +106,14 @@ def watch(output: Path, seconds: float, as_json: bool = False) -> int:
         if as_json or not sys.stdout.isatty():
             while True:
                 print(json.dumps(result) if as_json else f"{_plain(result)}\n", flush=True)
-                if result["state"] not in ACTIVE_STATES:
+                if result["state"] not in GOES_ON:
                     return EXIT_OK
                 time.sleep(seconds)
                 result = describe(output)
         from rich.live import Live
 
         with Live(_rich(result), auto_refresh=False) as live:
-            while result["state"] in ACTIVE_STATES:
+            while result["state"] in GOES_ON:
                 time.sleep(seconds)
                 result = describe(output)
                 live.update(_rich(result), refresh=True)

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from tprt.cli.common import Terminated
 from tprt.cli.parent import DETECT, launcher_pid
+from tprt.cli.signals import AGAIN_SECONDS
 from tprt.distributed.failure import INTERRUPTED, Failure
 from tprt.distributed.tp_group import launch_store, launched_size
 from tprt.distributed.verdict import Limits
@@ -265,6 +266,7 @@ def _check_launcher_lives() -> None:
     try:
         socket.create_connection(where, CONNECT_SECONDS).close()
     except ConnectionRefusedError as error:
+        time.sleep(2 * AGAIN_SECONDS)  # for a signal that tells more
         hint = "the same command starts the job again"
         raise PeerLost("the launcher has ended before its ranks had begun", hint=hint) from error
     except OSError:

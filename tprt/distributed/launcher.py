@@ -7,11 +7,12 @@ the launch. Knows processes and hosts; what a rank does is its command's busines
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,38 +24,28 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tprt.distributed import rendezvous
+from tprt.distributed.environment import MAX_RESTARTS_VARIABLES, environment
 from tprt.errors import (
-    EXIT_FAILED_RECORDS,
     EXIT_OK,
     EXIT_SIGINT,
     EXIT_SIGTERM,
-    CheckpointError,
+    FINAL_CODES,
     ConfigError,
-    OutputError,
     PeerLost,
     TprtError,
 )
 from tprt.faults import ATTEMPT_VARIABLES
-from tprt.log import say
+from tprt.log import report
 
 DEFAULT_PORT = 29400
 RESTART_COUNT = ATTEMPT_VARIABLES[1]
-LAUNCHER_PID = "TPRT_LAUNCHER_PID"
-MAX_RESTARTS = "TPRT_MAX_RESTARTS"  # tells ranks what was asked of their launcher
+LAUNCHER_PID, MAX_RESTARTS = "TPRT_LAUNCHER_PID", MAX_RESTARTS_VARIABLES[1]
+TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"  # which torch sets, and would leave set
+RUN_ID = "tprt-attempt-{}"  # ranks know by it that the launcher is this one
 MEETING_TIMEOUT = timedelta(minutes=10)
 # torch hands these on to the ranks, and kills those that have not ended SHUTDOWN_SECONDS later.
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SHUTDOWN_SECONDS = "15"
-# Codes after which the same start would end the same way, or is not wanted.
-FINAL = {
-    EXIT_OK,
-    ConfigError.exit_code,
-    CheckpointError.exit_code,
-    EXIT_FAILED_RECORDS,
-    OutputError.exit_code,
-    EXIT_SIGINT,
-    EXIT_SIGTERM,
-}
 
 
 @dataclass(frozen=True)
@@ -146,28 +137,36 @@ def launch(
     A rank ended by a signal counts as a rank failure (6).
 
     Args:
-        max_restarts: how often to start again after a code that is not in ``FINAL``.
+        max_restarts: how often to start again after a code that is not in ``FINAL_CODES``.
         signals: that end the ranks when they come to this process.
 
     Raises:
         ConfigError: the store cannot be made here.
         PeerLost: the other nodes could not be met.
     """
-    _prepare_environment(nodes, ranks)
-    os.environ |= {MAX_RESTARTS: str(max_restarts), LAUNCHER_PID: str(os.getpid())}
+    # Reports of 30 lines, each of which says less than the rank or node that failed.
+    for name in ("", ".agent.server.api"):  # the second has a level of its own
+        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     rendezvous.register()
+    own = {MAX_RESTARTS: str(max_restarts), TORCH_SIGNALS: ",".join(signals)}
+    environ = _environment(nodes, ranks) | own
     attempt = 0
     try:
-        meeting = _meet(nodes)
-        while True:
-            code = _run_once(nodes, ranks, command, f"attempt-{attempt}", meeting, signals)
-            if code in FINAL or attempt == max_restarts:
-                return code
-            attempt += 1
-            os.environ[RESTART_COUNT] = str(attempt)
-            say(
-                f"tprt: the ranks ended with {code}; starting them again ({attempt} of {max_restarts})"
-            )
+        with _handlers_kept(signals):
+            meeting = _meet(nodes)
+            while True:
+                with environment(**environ, **{RESTART_COUNT: str(attempt)}):
+                    code = _run_once(
+                        nodes, ranks, command, RUN_ID.format(attempt), meeting, signals
+                    )
+                if code in FINAL_CODES or attempt == max_restarts:
+                    return code
+                attempt += 1
+                report(
+                    f"tprt: the ranks ended with {code}; starting them again "
+                    f"({attempt} of {max_restarts})",
+                    "restart",
+                )
     except (RendezvousError, DistError) as error:
         raise PeerLost(
             f"the nodes could not meet: {str(error).splitlines()[0]}",
@@ -184,17 +183,28 @@ def _meet(nodes: Nodes) -> Any:
     return rendezvous.connected_store(nodes.address, nodes.port, MEETING_TIMEOUT)
 
 
-def _prepare_environment(nodes: Nodes, ranks: int) -> None:
+def _environment(nodes: Nodes, ranks: int) -> dict[str, str]:
     """What the ranks inherit; what the user has set stays."""
-    # Ranks that each take every core slow one another down many times over.
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    for library in ("GLOO", "NCCL"):
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", nodes.interface)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
-    # Reports of 30 lines, each of which says less than the rank or node that failed.
-    for name in ("", ".agent.server.api"):  # the second has a level of its own
-        logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    defaults = {
+        # Ranks that each take every core slow one another down many times over.
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "GLOO_SOCKET_IFNAME": nodes.interface,
+        "NCCL_SOCKET_IFNAME": nodes.interface,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,
+    }
+    given = {name: value for name, value in os.environ.items() if name in defaults}
+    return defaults | given | {LAUNCHER_PID: str(os.getpid())}
+
+
+@contextlib.contextmanager
+def _handlers_kept(signals: Sequence[str]) -> Iterator[None]:
+    """For who goes on in this process: torch leaves its own handlers behind."""
+    before = {name: signal.getsignal(signal.Signals[name]) for name in signals}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(signal.Signals[name], handler or signal.SIG_DFL)
 
 
 def _run_once(
@@ -244,7 +254,7 @@ def _code_of(error: ChildFailedError) -> int:
         return EXIT_SIGINT
     if first.exitcode > 0:
         return int(first.exitcode)
-    say(f"tprt: rank {rank} was ended by signal {-first.exitcode}")
+    report(f"tprt: rank {rank} was ended by signal {-first.exitcode}")
     codes = [int(failure.exitcode) for failure in error.failures.values()]
     # A rank that had not met the others knows no more than that this launcher asks it to end.
     told = (code for code in codes if code > 0 and code not in (EXIT_SIGINT, EXIT_SIGTERM))
@@ -303,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nodes = find_nodes(args.nnodes, args.node_rank, args.head, args.interface)
         return launch(nodes, args.nproc, ["-m", "tprt", *command], args.max_restarts)
     except TprtError as error:
-        say(f"tprt: error: {error}")
+        report(f"tprt: error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_SIGINT

@@ -8,8 +8,6 @@ model.
 import ctypes
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
@@ -19,9 +17,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroupGloo, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
+from tprt.distributed.environment import environment, launch_attempt
 from tprt.distributed.progress import Progress
 from tprt.errors import ConfigError, PeerLost
-from tprt.faults import ATTEMPT_VARIABLES
 
 CPU = torch.device("cpu")
 # On the host ranks also wait for one another's reading and tokenizing; on a device only for a step.
@@ -209,7 +207,7 @@ def new_device_group(tp: TPGroup, name: str) -> Any:
     options._timeout = DEVICE_TIMEOUT
     # A step that does not end is our deadline's business: NCCL's own watch would end the whole process,
     # which may be somebody else's program.
-    with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0"):
+    with environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0", TORCH_NCCL_ENABLE_MONITORING="0"):
         return ProcessGroupNCCL(PrefixStore(name, tp.store), tp.rank, tp.size, options)
 
 
@@ -220,21 +218,6 @@ def _shares_a_gpu(tp: TPGroup, name: str) -> bool:
     store.set(str(tp.rank), own)
     everyone = [store.get(str(rank)) for rank in range(tp.size)]
     return len(set(everyone)) < tp.size
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Variables that torch reads while something is made; what was there before is back afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _own_connection() -> Any:
@@ -285,11 +268,6 @@ def _init_default_group() -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise _could_not_meet(error) from error
-
-
-def launch_attempt() -> int:
-    """How often the launcher, torch's or ours, has started these ranks before."""
-    return sum(int(os.environ.get(name, "0")) for name in ATTEMPT_VARIABLES)
 
 
 def _rendezvous() -> tuple[Any, int, int]:

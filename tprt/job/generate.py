@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tprt.distributed.environment import restarts_left
 from tprt.distributed.failure import Failure
 from tprt.distributed.progress import Progress
 from tprt.distributed.tp_group import launch_store
@@ -144,14 +145,16 @@ def _speak_for_rank_0(job: Job, failure: Failure) -> None:
     if failure.rank == 0 and failure.kind not in ("exception", "interrupted"):
         status = read_status(job.own_output)
         if status is not None and not status.is_final:
-            _end_status(StatusUpdater(StatusFile(status_path(job.own_output)), status), failure)
+            end_status(StatusUpdater(StatusFile(status_path(job.own_output)), status), failure)
         remove_leftovers(job.own_output)
 
 
-def _end_status(updater: StatusUpdater, failure: Failure) -> None:
+def end_status(updater: StatusUpdater, failure: Failure) -> None:
     error = {k: v for k, v in asdict(failure).items() if v or k in ("rank", "step", "code")}
     state = "interrupted" if failure.interrupted else "failed"
-    updater.end(state, failure.code, error)
+    # A launcher that was lost starts nothing again.
+    left = 0 if failure.kind == "launcher" else restarts_left(failure.code)
+    updater.end(state, failure.code, error, restarts_left=left)
 
 
 class JobRun:
@@ -370,7 +373,7 @@ class JobRun:
                 self.status.update(
                     finished=done.num_done, failed=done.num_failed, tokens=done.tokens
                 )
-                _end_status(self.status, failure)
+                end_status(self.status, failure)
                 if self.has_begun:
                     self._say_how_far(self.status.status)
                 else:

@@ -46,6 +46,7 @@ class JobStatus:
         started, updated: unix seconds; the start of this attempt, and the write of this status.
         error: the first error: ``kind, rank, host, phase, step, what, where, hint, code`` and
             perhaps ``stack`` (lines).
+        restarts_left: how often the launcher may start the ranks again by itself.
         output_sha256, output_size: of the output, once it is finished.
     """
 
@@ -66,6 +67,7 @@ class JobStatus:
     pid: int = 0
     ranks: int = 1
     error: dict[str, Any] | None = None
+    restarts_left: int = 0
     fingerprint: dict[str, Any] = field(default_factory=dict)
     output_sha256: str | None = None
     output_size: int | None = None

@@ -35,6 +35,9 @@ EXIT_MEANINGS = {
 SILENT_SECONDS = 30.0  # a running job says something every 2 s unless its main thread is stuck
 LEAVING_SECONDS = 5.0  # a job that has said its last word may hold its lock so long
 INCOMPLETE, NOT_STARTED = "incomplete", "not started"  # of shards
+RESTARTING = "restarting"  # failed, and about to be started again
+RESTARTING_SECONDS = 120.0  # in which new ranks say their first word, or are not to come
+GOES_ON = (*ACTIVE_STATES, RESTARTING)
 SHOWN_SHARDS = 10
 MAX_SHARDS = 10_000
 
@@ -61,9 +64,12 @@ class JobView:
 
     @property
     def state(self) -> str:
-        """A state of ``JobStatus``, or ``dead``: it ended without a word."""
-        if self.status is not None and self.status.is_final and not self.has_begun_again:
-            return self.status.state
+        """A state of ``JobStatus``; ``dead``: it ended without a word; ``restarting``: its launcher
+        is about to start it again."""
+        status = self.status
+        if status is not None and status.is_final and not self.has_begun_again:
+            recent = time.time() - status.updated < RESTARTING_SECONDS
+            return RESTARTING if status.restarts_left and recent else status.state
         if not self.is_locked:
             return "dead"
         return "running" if self.status is None or self.has_begun_again else self.status.state
@@ -120,8 +126,8 @@ def describe(output: Path) -> dict[str, Any]:
     """Everything ``job status`` shows, as one JSON-able mapping.
 
     Of a job: the fields of ``JobStatus`` (null where only the journal is left), and of shards their
-    sums; ``state``, perhaps ``dead``; ``meaning`` of the exit code; ``percent``; ``next``; ``notes``.
-    Of shards also ``shards``, a list of such jobs.
+    sums; ``state`` as in ``JobView``; ``meaning`` of the exit code; ``percent``; ``next``; ``notes``. Of
+    shards also ``shards``, a list of such jobs.
 
     Raises:
         ConfigError: there is no such job.
@@ -136,7 +142,7 @@ def describe(output: Path) -> dict[str, Any]:
     raise ConfigError(
         f"{there} no job that writes {str(output)!r}: no status file and no journal beside it",
         where=str(output.absolute().parent),
-        hint="what --output of tprt generate names",
+        hint="what --output of tprt generate names; a job is known once it has looked at its input",
     )
 
 
@@ -169,6 +175,10 @@ def _next_step(job: dict[str, Any]) -> str:
             return ""
         case "interrupted":
             return "the same command resumes"
+        case "restarting":
+            return (
+                f"nothing: its launcher starts it again ({job['restarts_left']} more times at most)"
+            )
         case "failed" if job["exit_code"] in (2, 3):
             return "the command, put right, resumes"
         case "failed":
@@ -255,7 +265,7 @@ def _describe_shards(output: Path, count: int) -> dict[str, Any]:
 
 
 def _state_of_all(states: set[str]) -> str:
-    if states & set(ACTIVE_STATES):
+    if states & set(GOES_ON):
         return "running"
     for state in ("failed", "dead", "interrupted"):
         if state in states:
@@ -274,7 +284,7 @@ def _next_step_of_shards(output: Path, state: str, shards: list[dict[str, Any]])
         if _is_newer(output, max(shard["updated"] for shard in shards)):
             return ""  # merged
         return f"tprt generate --merge --output {shlex.quote(str(output))}"
-    missing = [s["shard"] for s in shards if s["state"] not in (*ACTIVE_STATES, "finished")]
+    missing = [s["shard"] for s in shards if s["state"] not in (*GOES_ON, "finished")]
     if not missing:
         return "when all are finished: tprt generate --merge"
     named = ", ".join(missing[:SHOWN_SHARDS]) + (" ..." if len(missing) > SHOWN_SHARDS else "")
