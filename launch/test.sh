@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run every test that needs no GPU. Arguments go to pytest.
+# Run every test that needs no GPU, two files at a time. Arguments go to pytest (-n 0: one at a time).
 #
 #   bash launch/test.sh              all but those that take long
 #   bash launch/test.sh --long       those alone: every fault, with figures into docs/reliability.md; an hour and
@@ -17,4 +17,5 @@ if [ "${1:-}" = --long ]; then
   .venv/bin/python tests/fault_results.py
   exit "$failed"
 fi
-exec .venv/bin/python -m pytest -m "not gpu and not multi_gpu and not long" "$@"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not multi_gpu and not long" "$@"
