@@ -26,6 +26,7 @@ from tprt.cli.doctor_probes.check import GIB, MASK, MIB, Check, hide, look
 from tprt.cli.doctor_probes.network import Resolved
 from tprt.distributed.tp_group import TPGroup
 from tprt.errors import ConfigError
+from tprt.host_limits import cgroup_limits, usable_cpus
 
 
 @pytest.fixture(autouse=True)
@@ -267,7 +268,7 @@ def test_wrong_bits_are_seen(dtype, monkeypatch):
 
 
 def test_more_ranks_than_cpus_is_a_warning(monkeypatch):
-    monkeypatch.setattr(machine, "usable_cpus", lambda: 1)
+    monkeypatch.setattr(doctor, "usable_cpus", lambda: 1)
     found = doctor._ranks_check(ranks.Outcome(2, {0: GOOD, 1: GOOD}, []))
     assert found.status == "warn" and "2 ranks share 1 CPUs" in found.advice[0]
 
@@ -418,7 +419,9 @@ def test_cgroups_of_version_2(tmp_path):
         sys__fs__cgroup__a__pids_dot_max="300",
     )
     expected = {"memory": 4 * GIB, "memory_used": GIB, "cpus": 1.5, "pids": 300}
-    assert machine.cgroup_limits(root) == expected
+    assert usable_cpus(root) == min(2, len(os.sched_getaffinity(0)))
+    assert usable_cpus(tmp_path / "nothing") == len(os.sched_getaffinity(0))
+    assert cgroup_limits(root) == expected
 
 
 def test_cgroups_of_version_1(tmp_path):
@@ -434,8 +437,8 @@ def test_cgroups_of_version_1(tmp_path):
         sys__fs__cgroup__pids__pids_dot_max="max",
     )
     expected = {"memory": 2 * GIB, "memory_used": MIB, "cpus": 2.0, "pids": None}
-    assert machine.cgroup_limits(root) == expected
-    assert set(machine.cgroup_limits(tmp_path / "nothing").values()) == {None}
+    assert cgroup_limits(root) == expected
+    assert set(cgroup_limits(tmp_path / "nothing").values()) == {None}
 
 
 def test_a_cpu_of_which_little_may_be_used(tmp_path, monkeypatch):

@@ -1,7 +1,10 @@
 """Reading inputs: bounded memory, bad lines, duplicate ids, shards, and files that change."""
 
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
 import os
 import random
 import subprocess
@@ -195,6 +198,17 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
         assert "a job reads its input more than once" in caught.value.hint
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         scan_input(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("pack", "name"),
+    [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")],
+)
+def test_a_compressed_input_is_refused_whole(tmp_path, pack, name):
+    """Not as one bad record per line that its bytes happen to make."""
+    (tmp_path / "in.jsonl").write_bytes(pack(b'{"prompt": "x"}\n' * 50))
+    with pytest.raises(ConfigError, match=f"compressed \\({name}\\)"):
+        scan_input(tmp_path / "in.jsonl")
 
 
 @pytest.mark.parametrize("change", ["append", "in_place", "replace", "same_time", "gone"])

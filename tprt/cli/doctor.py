@@ -19,6 +19,7 @@ from tprt.cli.doctor_probes import disk, gpu, machine, network
 from tprt.cli.doctor_probes.check import Check, hide, look
 from tprt.cli.settings import Settings
 from tprt.errors import EXIT_OK, ConfigError, OutputError, PeerLost, TprtError
+from tprt.host_limits import usable_cpus
 
 if TYPE_CHECKING:
     from tprt.cli.doctor_probes.ranks import Outcome
@@ -196,7 +197,7 @@ def _ranks_check(outcome: "Outcome") -> Check:
         f": {len(us)} collectives right to the bit, {SHOWN_CASE} in {us.get(SHOWN_CASE, 0):.0f} us"
     )
     warnings = []
-    cpus = machine.usable_cpus()
+    cpus = usable_cpus()
     if first["device"] == "cpu" and hosts == 1 and size > cpus:
         warnings.append(f"{size} ranks share {cpus} CPUs: start no more than {cpus} here")
     return Check("ranks", found, warnings, details=_times(us), facts=facts)

@@ -35,6 +35,7 @@ from tprt.errors import (
     TprtError,
 )
 from tprt.faults import ATTEMPT_VARIABLES
+from tprt.host_limits import usable_cpus
 from tprt.log import report
 
 DEFAULT_PORT = 29400
@@ -187,7 +188,7 @@ def _environment(nodes: Nodes, ranks: int) -> dict[str, str]:
     """What the ranks inherit; what the user has set stays."""
     defaults = {
         # Ranks that each take every core slow one another down many times over.
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "OMP_NUM_THREADS": str(max(1, usable_cpus() // ranks)),
         "GLOO_SOCKET_IFNAME": nodes.interface,
         "NCCL_SOCKET_IFNAME": nodes.interface,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": SHUTDOWN_SECONDS,

@@ -32,6 +32,14 @@ from tprt.sampling_params import SamplingParams
 
 PIECE_BYTES = 2**20  # of a line that is too long, read at a time
 LINES_PER_LOOK = 256  # lines between two looks at whether the file has changed
+# How such files begin; no line of JSON does.
+COMPRESSED = {
+    "gzip": b"\x1f\x8b",
+    "bzip2": b"BZh",
+    "xz": b"\xfd7zXZ",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "zip": b"PK\x03\x04",
+}
 COMPARED_IDS = 1024  # suspected duplicates looked at in one pass, which bounds its memory
 
 
@@ -102,14 +110,16 @@ def scan_input(path: Path) -> InputFacts:
     Takes 8 bytes of memory per record, whatever the lines hold.
 
     Raises:
-        ConfigError: it is no regular file, cannot be read, changes meanwhile, or holds an id twice; then
-            both lines are named.
+        ConfigError: it is no regular file, cannot be read, is compressed, changes meanwhile, or holds an
+            id twice; then both lines are named.
     """
     digest, ids = hashlib.sha256(), array("q")
     lines = records = 0
     with _opened(path) as file:
         identity = _identity(file)
         for line in _lines(file, digest):
+            if line.number == 1:
+                _refuse_compressed(line, path)
             lines = line.number
             if _blank(line):
                 continue
@@ -193,6 +203,16 @@ def _lines(file: BinaryIO, digest: "hashlib._Hash") -> Iterator[_Line]:
         elif number == 1:
             text = piece.removeprefix(BYTE_ORDER_MARK)
         yield _Line(number, size, text)
+
+
+def _refuse_compressed(first: _Line, path: Path) -> None:
+    for name, magic in COMPRESSED.items():
+        if (first.text or b"").startswith(magic):
+            raise ConfigError(
+                f"the input is compressed ({name})",
+                where=str(path),
+                hint="unpack it first: a job reads its input more than once",
+            )
 
 
 def _blank(line: _Line) -> bool:

@@ -23,6 +23,7 @@ from typing import Any
 
 from tprt.distributed import rendezvous
 from tprt.errors import PeerLost, TprtError, out_of_memory
+from tprt.host_limits import usable_cpus
 from tprt.job.records import Record
 from tprt.job.replica import Replica
 from tprt.job.work_queue import Result
@@ -199,7 +200,7 @@ def _ended(rank: int, process: "subprocess.Popen[bytes]") -> PeerLost:
 
 def _environment(ranks: int, threads: int | None) -> dict[str, str]:
     """Of every rank. Whatever launched this process does not concern them."""
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // ranks)
+    threads = threads or max(1, usable_cpus() // ranks)
     known = {name: value for name, value in os.environ.items() if name[:13] != "TORCHELASTIC_"}
     return known | {
         "WORLD_SIZE": str(ranks),

@@ -14,6 +14,7 @@ import psutil
 
 import tprt
 from tprt.cli.doctor_probes.check import GIB, Check, shown_variable, size
+from tprt.host_limits import cgroup_limits, read_text, usable_cpus
 
 NEEDED = ("torch", "safetensors", "sentencepiece", "numpy")
 OPTIONAL = ("triton", "transformers", "huggingface_hub")
@@ -23,7 +24,6 @@ SHOWN_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 SHOWN_PREFIXES = ("NCCL_", "TORCH_", "GLOO_", "TPRT_", "MASTER_")
 LITTLE_MEMORY, LITTLE_SHARED = 2 * GIB, GIB
 FEW_FILES, FEW_PROCESSES = 1024, 512
-UNLIMITED = 2**60  # cgroups of version 1 write a number near 2**63
 
 # Variable -> (values that are suspicious, what they do).
 SLOW_VARIABLES = {
@@ -115,9 +115,8 @@ def cpu(environ: Mapping[str, str] | None = None, root: Path = Path("/")) -> Che
     environ = os.environ if environ is None else environ
     model, flags = _cpu_info(root / "proc/cpuinfo")
     logical = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0))
-    quota = cgroup_limits(root)["cpus"]
-    usable = min(allowed, math.ceil(quota)) if quota else allowed
+    allowed, quota = len(os.sched_getaffinity(0)), cgroup_limits(root)["cpus"]
+    usable = usable_cpus(root)
     facts = {
         "model": model,
         "logical": logical,
@@ -142,13 +141,6 @@ def cpu(environ: Mapping[str, str] | None = None, root: Path = Path("/")) -> Che
     parts += [f"cgroup {quota:g} CPUs"] if quota else []
     parts += [" ".join(flags) or "none of " + " ".join(CPU_FLAGS[:4]), f"load {facts['load']:g}"]
     return Check("cpu", ", ".join(parts), warnings, facts=facts)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may keep busy: by its affinity and its cgroup's quota."""
-    quota = cgroup_limits()["cpus"]
-    allowed = len(os.sched_getaffinity(0))
-    return min(allowed, max(1, math.ceil(quota))) if quota else allowed
 
 
 def memory(root: Path = Path("/")) -> Check:
@@ -260,59 +252,9 @@ def environment(environ: Mapping[str, str] | None = None) -> Check:
     return Check("environment", shown, warnings, details=details, facts=found)
 
 
-def cgroup_limits(root: Path = Path("/")) -> dict[str, Any]:
-    """``memory`` and ``memory_used`` in bytes, ``cpus``, ``pids``; None where there is no limit.
-
-    The tightest along the path of this process' cgroup counts. Both versions of cgroups are read.
-    """
-    found: dict[str, Any] = dict.fromkeys(("memory", "memory_used", "cpus", "pids"))
-    mount = root / "sys/fs/cgroup"
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        for name in controllers.split(",") if controllers else [""]:
-            base = mount / name if name else mount
-            for folder in _upwards(base, path):
-                _tighten(found, folder)
-    return found
-
-
-def _upwards(base: Path, path: str) -> list[Path]:
-    """``base / path`` and the folders above it, down to ``base``, as far as they are there."""
-    here = base / path.strip("/")
-    chain = [here, *here.parents]
-    return [folder for folder in chain if folder == base or base in folder.parents]
-
-
-def _tighten(found: dict[str, Any], folder: Path) -> None:
-    def number(name: str) -> int | None:
-        text = (_read(folder / name) or "").split()
-        value = int(text[0]) if text and text[0].lstrip("-").isdecimal() else None
-        return value if value is not None and 0 <= value < UNLIMITED else None
-
-    def least(key: str, value: float | None) -> bool:
-        tighter = value is not None and (found[key] is None or value < found[key])
-        if tighter:
-            found[key] = value
-        return tighter
-
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        if least("memory", number(limit)):
-            found["memory_used"] = number(used)
-    least("pids", number("pids.max"))
-    quota = (_read(folder / "cpu.max") or "").split()  # "200000 100000" or "max 100000"
-    if len(quota) == 2 and quota[0].isdecimal() and quota[1].isdecimal():
-        least("cpus", int(quota[0]) / int(quota[1]))
-    old, period = number("cpu.cfs_quota_us"), number("cpu.cfs_period_us")
-    if old and period:
-        least("cpus", old / period)
-
-
 def _cpu_info(path: Path) -> tuple[str, list[str]]:
     model, flags = platform.machine(), set()
-    for line in (_read(path) or "").splitlines():
+    for line in (read_text(path) or "").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
             model = value.strip()
@@ -324,7 +266,7 @@ def _cpu_info(path: Path) -> tuple[str, list[str]]:
 
 
 def _huge_pages(root: Path) -> str:
-    text = _read(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
+    text = read_text(root / "sys/kernel/mm/transparent_hugepage/enabled") or ""
     return text.partition("[")[2].partition("]")[0] or "unknown"
 
 
@@ -342,10 +284,3 @@ def _commit() -> str | None:
 
 def _number(value: int | None) -> str:
     return "unlimited" if value is None else str(value)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return None

@@ -22,10 +22,10 @@ from typing import Any
 from torch.distributed.distributed_c10d import PrefixStore
 
 from tprt.cli.doctor_probes.collectives import take_part
-from tprt.cli.doctor_probes.machine import usable_cpus
 from tprt.distributed.liveness import host_identity
 from tprt.distributed.rendezvous import LOOPBACK, listening_store
 from tprt.distributed.tp_group import launch_store
+from tprt.host_limits import usable_cpus
 
 NAME = "doctor"  # of the store's prefix
 START_SECONDS = 60.0  # for a rank to import torch and show itself, on a busy machine
