@@ -21,7 +21,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SET_BY_MAIN = ("THP_MEM_ALLOC_ENABLE", "TORCH_CPP_LOG_LEVEL")  # defaults for the process it is
+# What ranks and launchers are told.
+OF_RANKS = (
+    "TPRT_",
+    "GLOO_",
+    "NCCL_",
+    "OMP_",
+    "TORCHELASTIC_",
+    "TORCH_ELASTIC_",
+    "MASTER_",
+    "LOCAL_",
+    "RANK",
+    "WORLD_",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +51,7 @@ def _environment_left_as_found():
 
 
 def _environment() -> dict[str, str]:
-    own = {"PYTEST_CURRENT_TEST", *SET_BY_MAIN}
-    return {name: value for name, value in os.environ.items() if name not in own}
+    return {name: value for name, value in os.environ.items() if name.startswith(OF_RANKS)}
 
 
 @pytest.fixture(scope="session")
