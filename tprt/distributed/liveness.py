@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, KILLED_SECONDS = 0.02, 1.0
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ class PeerProcesses:
         if process is not None:
             process.wait(patience)
             process.kill()
+            process.wait(KILLED_SECONDS)  # until then it holds its locks
 
     def close(self) -> None:
         for process in self._running.values():
