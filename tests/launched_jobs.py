@@ -27,9 +27,11 @@ OUTER_SECONDS = 120.0  # after which a job is taken for hung, whatever is tested
 SHM = Path("/dev/shm")
 FAULT_SAID = "injected fault:"
 
+# Of signals it is not told of, torch's launcher dies without a word.
+HANDLED = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 LAUNCHERS = {
     "nproc": (),
-    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node"),
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", *HANDLED, "--nproc-per-node"),
 }
 
 
