@@ -11,6 +11,7 @@ from conftest import TINY, run_ranks
 from test_lockstep import damage
 
 from tprt import LLM, SamplingParams
+from tprt.distributed.failure import Failure
 from tprt.engine import control
 from tprt.engine.step_record import Kind
 from tprt.errors import PeerLost, RankMismatch
@@ -250,6 +251,22 @@ def test_rank_0_that_ends_without_close_is_noticed():
     answers, (said, seconds) = run_ranks(_ends_without_close, 2)
     assert answers == WORDS and seconds < 20
     assert said.startswith("ended because of rank 0, which ")  # its code may be gone already
+
+
+def _closes_because_of_a_failure() -> str:
+    llm = open_tiny(0.2)
+    if rank() == 0:
+        llm.generate(PROMPTS, GREEDY)
+        time.sleep(0.5)  # the other is in ``follow``
+        llm.tp.progress.failure = Failure("killed", 2, "rank 2, which was killed")
+        llm.close()
+        return ""
+    return lost(llm.follow)[0]
+
+
+def test_a_rank_0_that_closes_because_of_a_failure_lets_nobody_leave_in_peace():
+    """Guards against a follower that ends with 0 and says nothing, as its leader heard of it first."""
+    assert run_ranks(_closes_because_of_a_failure, 2)[1]
 
 
 def _own_calls() -> bool | list[list[str]]:

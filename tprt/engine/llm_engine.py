@@ -279,8 +279,10 @@ class LLMEngine:
 
     def _dismiss(self) -> None:
         self.control.end_heartbeats()
-        # After a mismatch they have left ``follow``: nobody would receive anything.
-        if not self.broken and not self.control.lost and self.control.followed():
+        # After a mismatch they have left ``follow``: nobody would receive anything. After any other
+        # failure they are to end because of it, not in peace.
+        well = not self.broken and not self.control.lost and self.tp.progress.failure is None
+        if well and self.control.followed():
             record = StepRecord(step=self._next_number(), kind=Kind.CLOSE)
             self.control.send(record, CLOSE_TIMEOUT)
 
