@@ -320,7 +320,7 @@ def test_vocabulary_that_needs_padding(tmp_path):
 def test_inspect_and_plan_in_json(capsys):
     assert main(["inspect", str(TINY), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["layout"], found["tp_on_disk"], found["rotary_precision"]) == (
+    assert (found["layout"], found["tp_on_disk"], found["config"]["rotary_precision"]) == (
         "megatron",
         2,
         "fp32",

@@ -229,7 +229,7 @@ def _rank(folder: str) -> dict:
         ) as llm:
             found[f"alone@{size}"] = {"drawn": draw(llm, arrays)}
         with LLM(f"{folder}/m2", dtype="float32", group=group) as llm:
-            assert llm.rotary_precision == "bf16", "Megatron files that do not say mean bf16"
+            assert llm.config.rotary_precision == "bf16", "Megatron files that do not say mean bf16"
             found[f"bf16@{size}"] = check_folder(llm, arrays, True, "bf16")
     dist.barrier()
     assert torch.equal(before, torch.random.get_rng_state()), "the caller's random state moved"

@@ -68,6 +68,7 @@ def test_a_whole_file(write):
     """Guards against sections that are read and then forgotten."""
     path = write(
         "model: {path: /m, tokenizer: /t, dtype: fp16, rotary_precision: fp32, verify: full,"
+        " window_keys: 2048,"
         " bos_policy: bos, trim_vocab: [[3, 9], [20, 20]], device: cpu}\n"
         "parallel:\n  tensor: 4\n  data: 2\n"
         "engine:\n  max_num_seqs: 8\n  max_num_batched_tokens: 2k\n  max_model_len: 16K\n"
@@ -83,6 +84,7 @@ def test_a_whole_file(write):
     assert settings.model.model_dump() == {
         "path": "/m", "tokenizer": "/t", "dtype": "float16", "rotary_precision": "fp32",
         "verify": "full", "bos_policy": "bos", "trim_vocab": ((3, 9), (20, 20)), "device": "cpu",
+        "window_keys": 2048,
     }  # fmt: skip
     assert settings.parallel.model_dump() == {"tensor": 4, "data": 2}
     assert settings.parallel.world_size == 8

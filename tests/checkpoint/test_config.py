@@ -1,16 +1,34 @@
 """What a model's configuration may say, whoever wrote it; and that every refusal names a way out."""
 
 import ast
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from folders import CONFIG
 
 import tprt
-from tprt.config import PersimmonConfig, default_rotary_precision
+from tprt.config import (
+    PersimmonConfig,
+    RecurrentGemmaConfig,
+    config_from_hf,
+    default_rotary_precision,
+)
 from tprt.errors import CheckpointError
 
+RECURRENT = RecurrentGemmaConfig(
+    vocab_size=97,
+    hidden_size=160,
+    intermediate_size=96,
+    num_hidden_layers=5,
+    num_attention_heads=10,
+    head_dim=16,
+    max_position_embeddings=8192,
+    lru_width=160,
+    layer_types=("recurrent", "recurrent", "attention", "recurrent", "recurrent"),
+    attention_window_size=16,
+)
+CONFIGS = {"persimmon": CONFIG, "recurrent_gemma": RECURRENT}
 HF = CONFIG.to_hf()
 MEGATRON = CONFIG.to_megatron(2, "bfloat16")
 ODD = [
@@ -19,12 +37,19 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key", [*HF, "rope_scaling", "rope_parameters", "rotary_precision"])
-def test_odd_values_in_config_json(key):
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (name, key)
+        for name, config in CONFIGS.items()
+        for key in (*config.to_hf(), "rope_scaling", "rope_parameters", *config.overrides)
+    ],
+)
+def test_odd_values_in_config_json(name, key):
     """Guards against any other error than ours: these files are strangers', and `plan` reads one."""
     for value in ODD:
         try:
-            PersimmonConfig.from_hf(HF | {key: value})
+            config_from_hf(CONFIGS[name].to_hf() | {key: value})
         except CheckpointError as error:
             assert error.hint and len(str(error)) < 300, (value, error)
 
@@ -38,12 +63,15 @@ def test_odd_values_in_args(key):
             assert error.hint and len(str(error)) < 300, (value, error)
 
 
-@pytest.mark.parametrize("name", CONFIG.__dataclass_fields__)
-def test_odd_values_in_the_constructor(name):
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(model, field.name) for model, config in CONFIGS.items() for field in fields(config)],
+)
+def test_odd_values_in_the_constructor(model, name):
     refused = 0
     for value in ODD:
         try:
-            replace(CONFIG, **{name: value})
+            replace(CONFIGS[model], **{name: value})
         except CheckpointError as error:
             assert error.hint, (value, error)
             refused += 1
@@ -98,7 +126,7 @@ def test_default_rotary_precision():
 def test_every_checkpoint_error_names_a_way_out():
     """Guards the rule by the source: a refusal without a hint leaves its reader alone."""
     package = Path(tprt.__file__).parent
-    for path in [package / "config.py", *(package / "checkpoint").glob("*.py")]:
+    for path in [*(package / "config").glob("*.py"), *(package / "checkpoint").glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "CheckpointError":
                 keywords = {k.arg for k in node.keywords}

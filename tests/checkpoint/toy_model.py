@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from tprt.checkpoint import canonical_shapes
 from tprt.distributed.sharding import broadcast_rows, cut, padded_cut, padded_part, replicated
 
 CUTS = {
@@ -18,7 +17,7 @@ def specs_of(config):
 
     def specs(rank, tp):
         out = {}
-        for name, shape in canonical_shapes(config).items():
+        for name, shape in config.tensor_shapes().items():
             dim = next((d for end, d in CUTS.items() if name.endswith(end)), None)
             if name in ("model.embed_tokens.weight", "lm_head.weight"):
                 out[name] = padded_cut(shape, 0, rank, padded_part(shape[0], tp))

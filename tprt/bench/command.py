@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig, PersimmonConfig
 from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -230,7 +230,7 @@ class Job:
 def run_bench(
     args: argparse.Namespace,
     engine: EngineConfig,
-    model: tuple[PersimmonConfig, str] | None,
+    given: tuple[ModelConfig, str] | None,
     device: str | None,
     say: Say,
     options: dict[str, Any] | None = None,
@@ -239,10 +239,13 @@ def run_bench(
 
     Args:
         args: of ``add_flags``, checked.
-        model: config and name; None takes the measurement's own.
+        given: config and name of the model; None takes the measurement's own.
         device: None is this rank's GPU, else the CPU.
         options: of ``LLM`` beside the engine's, where a checkpoint is measured.
     """
+    from tprt.bench.synthetic import require_persimmon
+
+    model = None if given is None else (require_persimmon(given[0]), given[1])
     if args.bench == "scheduler":
         from tprt.bench.scheduler import scheduler
 

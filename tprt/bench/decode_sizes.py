@@ -85,7 +85,7 @@ def decode_settings(
         alone: the cache may take all there is; else what the largest cell needs.
         room: bytes; a cell that needs more is not counted.
     """
-    limit = engine.resolve_max_model_len(config.max_position_embeddings)
+    limit = engine.resolve_max_model_len(config)
     # A block more than tokens need, as admission asks for one.
     length = min(limit, max(sizes.contexts) + sizes.new_tokens + 1 + engine.block_size)
     memory = engine.kv_cache_memory

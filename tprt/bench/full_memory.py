@@ -66,7 +66,7 @@ def full_memory(
     ceilings = measure_ceilings(tp.device, toy) if tp.rank == 0 else None
     if tp.device.type == "cuda":
         torch.cuda.empty_cache()
-    limit = engine_config.resolve_max_model_len(config.max_position_embeddings)
+    limit = engine_config.resolve_max_model_len(config)
     if context + 1 + sizes.new_tokens > limit:
         raise ConfigError(
             f"--context {context} and {sizes.new_tokens + 1} more tokens; the limit is {limit}",
@@ -134,7 +134,7 @@ def _settings(
     config: PersimmonConfig, engine: EngineConfig, tp: TPGroup, context: int, sizes: FullSizes
 ) -> EngineConfig:
     """As many slots as sequences can fit, since slots cost memory too. Collective."""
-    limit = engine.resolve_max_model_len(config.max_position_embeddings)
+    limit = engine.resolve_max_model_len(config)
     # A block more than tokens need, as admission asks for one.
     length = min(limit, context + 1 + sizes.new_tokens + engine.block_size)
     wide = replace(

@@ -12,14 +12,16 @@ from typing import Any, cast
 import torch
 
 from tprt.engine.model_runner import ModelRunner
+from tprt.errors import ConfigError
 from tprt.kernels import Kernels
+from tprt.models import CausalLM
 from tprt.models.persimmon import PersimmonDecoderLayer, PersimmonForCausalLM
 
 See = Callable[[int, torch.Tensor], None]
 
 
 @contextmanager
-def watched(model: PersimmonForCausalLM, see: See) -> Iterator[None]:
+def watched(model: CausalLM, see: See) -> Iterator[None]:
     """Inside, ``see`` gets each layer's number and its activations [T, neurons of this rank]."""
 
     def hook_of(number: int) -> Callable[[Any, Any, Any], None]:
@@ -68,17 +70,22 @@ class LiveShares:
         return float(torch.stack(self._live).mean())
 
 
-def decoder_layers(model: PersimmonForCausalLM) -> list[PersimmonDecoderLayer]:
+def decoder_layers(model: CausalLM) -> list[PersimmonDecoderLayer]:
+    if not isinstance(model, PersimmonForCausalLM):
+        raise ConfigError(
+            f"a model of type {model.config.model_type} has no squared ReLU to look at",
+            hint="a Persimmon model",
+        )
     return cast("list[PersimmonDecoderLayer]", list(model.model.layers))
 
 
-def kernels_of(model: PersimmonForCausalLM) -> Kernels:
+def kernels_of(model: CausalLM) -> Kernels:
     """The body that all layers share."""
     return decoder_layers(model)[0].mlp.dense_4h_to_h.kernels
 
 
 @torch.inference_mode()
-def skips(model: PersimmonForCausalLM, rows: int) -> bool:
+def skips(model: CausalLM, rows: int) -> bool:
     """Whether products of so many rows leave unread what meets zeros, as settings and device are now.
 
     Tried out: zeros times a matrix of NaN are NaN where the matrix was read.

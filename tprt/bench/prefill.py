@@ -135,7 +135,7 @@ def prefill(
 def _settings(
     config: PersimmonConfig, engine: EngineConfig, sizes: PrefillSizes, tp_size: int
 ) -> EngineConfig:
-    limit = engine.resolve_max_model_len(config.max_position_embeddings)
+    limit = engine.resolve_max_model_len(config)
     # The model has to have positions for a prompt of so many steps, and for the token it draws.
     most = max(1, (limit - 1) // (sizes.chunks + 1))
     budget = min(sizes.budget or engine.max_num_batched_tokens, most)

@@ -12,7 +12,8 @@ from typing import cast
 
 import torch
 
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.bench.live import decoder_layers
+from tprt.config import EngineConfig, ModelConfig, PersimmonConfig
 from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import CPU, TPGroup
 from tprt.distributed.vocabulary import Vocabulary
@@ -22,7 +23,8 @@ from tprt.errors import ConfigError
 from tprt.kernels import use_kernels
 from tprt.llm.build import build_runner
 from tprt.llm.memory import check_memory
-from tprt.models.persimmon import PersimmonDecoderLayer, PersimmonForCausalLM
+from tprt.models import CausalLM
+from tprt.models.persimmon import PersimmonForCausalLM
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer
 
@@ -121,12 +123,20 @@ def zeros_bias(config: PersimmonConfig, zeros: float) -> float:
     return -NormalDist().inv_cdf(zeros) * STD * math.sqrt(squares)
 
 
-def set_zeros(model: PersimmonForCausalLM, zeros: float) -> None:
-    """Change the share in place, also under graphs that have been captured."""
-    for layer in model.model.layers:
-        cast(PersimmonDecoderLayer, layer).mlp.dense_h_to_4h.bias.fill_(
-            zeros_bias(model.config, zeros)
+def require_persimmon(config: ModelConfig) -> PersimmonConfig:
+    """Raises ConfigError for another model: what is measured here is Persimmon's."""
+    if not isinstance(config, PersimmonConfig):
+        raise ConfigError(
+            f"this bench has no case for a model of type {config.model_type}",
+            hint=f"a {PersimmonConfig.model_type} model, or no --model",
         )
+    return config
+
+
+def set_zeros(model: CausalLM, zeros: float) -> None:
+    """Change the share in place, also under graphs that have been captured."""
+    for layer in decoder_layers(model):
+        layer.mlp.dense_h_to_4h.bias.fill_(zeros_bias(require_persimmon(model.config), zeros))
 
 
 def trimmed(config: PersimmonConfig) -> Vocabulary:
@@ -182,7 +192,7 @@ def random_engine(
 
 def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
     """An engine around ``model``, with the KV cache that ``LLM`` would give it."""
-    longest = config.resolve_max_model_len(model.config.max_position_embeddings)
+    longest = config.resolve_max_model_len(model.config)
     loaded = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     plan = check_memory(model.tp, model.config, config, loaded, model.vocabulary)
     valid = model.config.vocab_size
@@ -203,7 +213,7 @@ def cache_memory(config: PersimmonConfig, engine: EngineConfig, tp_size: int, bl
 
 def require_length(config: PersimmonConfig, settings: EngineConfig, tokens: int) -> None:
     """Raises ConfigError when a sequence of ``tokens`` is longer than model or engine allow."""
-    longest = settings.resolve_max_model_len(config.max_position_embeddings)
+    longest = settings.resolve_max_model_len(config)
     if tokens > longest:
         raise ConfigError(
             f"this measurement needs sequences of {tokens} tokens; the longest here is {longest}",

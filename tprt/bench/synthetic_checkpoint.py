@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tprt.bench.synthetic import random_tensor
-from tprt.checkpoint.reader import CheckpointReader, TensorInfo, canonical_shapes, dtype_name
+from tprt.checkpoint.reader import CheckpointReader, TensorInfo, dtype_name
 from tprt.checkpoint.writers import write_huggingface
 from tprt.config import PersimmonConfig
 from tprt.distributed.sharding import Slices
@@ -58,7 +58,7 @@ class _RandomReader(CheckpointReader):
     ) -> None:
         self.config, self.dtype, self.tokenizer_path = config, dtype, tokenizer
         self.path, self.warnings = tokenizer.parent, []
-        self._device, self._seed, self._shapes = device, seed, canonical_shapes(config)
+        self._device, self._seed, self._shapes = device, seed, config.tensor_shapes()
         self._read = 0
 
     def names(self) -> list[str]:

@@ -13,7 +13,7 @@ from tprt.checkpoint.loader import load_weights
 from tprt.checkpoint.megatron import MegatronReader
 from tprt.checkpoint.megatron_folders import TRACKER
 from tprt.checkpoint.presharded import MANIFEST, PreshardedReader
-from tprt.checkpoint.reader import READ_HINT, CheckpointReader, TensorInfo, canonical_shapes
+from tprt.checkpoint.reader import READ_HINT, CheckpointReader, TensorInfo
 from tprt.checkpoint.staging_ring import StreamSettings
 from tprt.checkpoint.streaming import LoadStats
 from tprt.checkpoint.writers import write_huggingface, write_megatron, write_presharded
@@ -24,7 +24,6 @@ __all__ = [
     "LoadStats",
     "StreamSettings",
     "TensorInfo",
-    "canonical_shapes",
     "load_weights",
     "open_checkpoint",
     "write_huggingface",

@@ -19,7 +19,6 @@ from tprt.checkpoint.reader import (
     TensorHeader,
     TensorInfo,
     build_config,
-    canonical_shapes,
     check_spare_head,
     check_tensors,
     dtype_name,
@@ -31,7 +30,7 @@ from tprt.checkpoint.reader import (
 from tprt.checkpoint.safetensors_file import SafetensorsFile, read_json
 from tprt.checkpoint.stand_ins import StoredTensor
 from tprt.checkpoint.torch_file import AGAIN_HINT, TorchFile, flatten
-from tprt.config import PersimmonConfig
+from tprt.config import config_from_hf
 from tprt.distributed.sharding import Slices, whole
 from tprt.errors import CheckpointError
 
@@ -96,7 +95,7 @@ class HuggingFaceReader(CheckpointReader):
         self.path = path
         self.warnings: list[str] = []
         raw = read_json(path / CONFIG, limit=4 << 20)
-        self.config = build_config(PersimmonConfig.from_hf, raw, str(path / CONFIG))
+        self.config = build_config(config_from_hf, raw, str(path / CONFIG))
         self._shards, owner = open_shards(path)
         found: dict[str, TensorHeader] = {}
         for name, shard in owner.items():
@@ -104,7 +103,7 @@ class HuggingFaceReader(CheckpointReader):
                 continue
             found[name] = shard.tensors[name]
         spare = found.pop(HEAD, None) if self.config.tie_word_embeddings else None
-        shapes = canonical_shapes(self.config)
+        shapes = self.config.tensor_shapes()
         check_tensors(found, shapes, str(path))
         if spare is not None:
             check_spare_head(

@@ -28,7 +28,6 @@ from tprt.checkpoint.reader import (
     CheckpointReader,
     PlacedBlock,
     TensorInfo,
-    canonical_shapes,
     check_spare_head,
     check_tensors,
     dtype_name,
@@ -126,7 +125,7 @@ class MegatronReader(CheckpointReader):
         self._check_spare_heads(ranks)
         self._entries = {
             name: self._entry(name, shape, ranks, mode)
-            for name, shape in canonical_shapes(self.config).items()
+            for name, shape in self.config.tensor_shapes().items()
         }
         self._check_replicas(ranks, mode)
         self.dtype = main_dtype([self.stored_dtype(name) for name in self._entries])
@@ -215,7 +214,7 @@ class MegatronReader(CheckpointReader):
 
     def _local_shape(self, name: str, mode: object) -> tuple[int, ...]:
         """Shape of a tensor in one rank file; per-head norms are one entry per head there."""
-        shape = canonical_shapes(self.config)[name]
+        shape = self.config.tensor_shapes()[name]
         _, dim = megatron_name(name)
         if is_qk_norm(name) and mode in (QK_PER_RANK, QK_PER_HEAD):
             return (self.config.head_dim,)
@@ -241,7 +240,7 @@ class MegatronReader(CheckpointReader):
         local_heads = self.config.num_attention_heads // self.disk_tp
         wanted: dict[str, tuple[int, ...]] = {}
         parts: dict[str, list[str]] = {}  # what one tensor of the model is in each rank file
-        shapes = canonical_shapes(self.config)
+        shapes = self.config.tensor_shapes()
         local = {}
         for name in shapes:
             key = re.sub(r"layers\.\d+\.", "layers.0.", name)

@@ -19,7 +19,6 @@ from tprt.checkpoint.reader import (
     PlacedBlock,
     TensorInfo,
     build_config,
-    canonical_shapes,
     check_tensors,
     dtype_name,
     find_tokenizer,
@@ -35,7 +34,7 @@ from tprt.checkpoint.safetensors_file import (
     read_json,
 )
 from tprt.checkpoint.torch_file import AGAIN_HINT
-from tprt.config import PersimmonConfig
+from tprt.config import ModelConfig, get_config_class
 from tprt.distributed.sharding import Piece, ShardSpec, Slices
 from tprt.errors import CheckpointError
 
@@ -67,7 +66,7 @@ def entry_to_json(spec: ShardSpec, dtype: torch.dtype, sha256: str) -> dict[str,
     }
 
 
-def config_to_json(config: PersimmonConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **asdict(config)}
 
 
@@ -130,7 +129,7 @@ class PreshardedReader(CheckpointReader):
         self._dtypes: dict[str, torch.dtype] = {}
         self._blocks: dict[str, dict[tuple[tuple[int, int], ...], _Block]] = {}
         self._cut: dict[str, int | None] = {}
-        self._shapes = canonical_shapes(self.config)
+        self._shapes = self.config.tensor_shapes()
         for rank, entry in enumerate(files):
             try:
                 self._add_file(rank, entry)
@@ -310,22 +309,19 @@ def _slices(raw: list[list[int]]) -> Slices:
     return tuple(slice(start, stop) for start, stop in raw)
 
 
-def _config_from_json(raw: dict[str, Any]) -> PersimmonConfig:
+def _config_from_json(raw: dict[str, Any]) -> ModelConfig:
     values = dict(raw)
     kind = values.pop("model_type", None)
-    if kind != PersimmonConfig.model_type:
-        raise CheckpointError(
-            f"model_type is {ascii(kind)[:80]}, which is not implemented", hint="persimmon"
-        )
-    known = {f.name: f.default is MISSING for f in fields(PersimmonConfig)}
+    cls = get_config_class(kind)
+    known = {f.name: f.default is MISSING for f in fields(cls)}
     unknown = values.keys() - known
     missing = {name for name, needed in known.items() if needed} - values.keys()
     if unknown or missing:
         which = f"unknown: {listed([ascii(n) for n in unknown])}" if unknown else ""
         lacks = f"missing: {listed(missing)}" if missing else ""
         raise CheckpointError(
-            "the config has other fields than a Persimmon model's; "
+            f"the config has other fields than a model of type {kind}; "
             + "; ".join(filter(None, (which, lacks))),
             hint=_ANEW_HINT,
         )
-    return PersimmonConfig(**values)
+    return cls(**values)

@@ -13,14 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 
-from tprt.config import PersimmonConfig
+from tprt.config import ModelConfig
 from tprt.distributed.sharding import Slices
 from tprt.errors import CheckpointError
 
+AnyConfig = TypeVar("AnyConfig", bound=ModelConfig)
 Layout = Literal["megatron", "huggingface", "presharded"]
 FLOAT_DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 LISTED = 20  # names an error shows before it only counts
@@ -86,7 +87,7 @@ class CheckpointReader(ABC):
 
     layout: ClassVar[Layout]
     path: Path
-    config: PersimmonConfig
+    config: ModelConfig
     dtype: torch.dtype
     disk_tp: int = 1
     tokenizer_path: Path | None = None
@@ -165,44 +166,6 @@ class CheckpointReader(ABC):
         self.close()
 
 
-def canonical_shapes(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, in reading order.
-
-    q/k LayerNorms are [head_dim] when a layer shares them, [num_heads, head_dim] when heads differ.
-    ``lm_head.weight`` is absent when the head is tied.
-    """
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    qk_shape: tuple[int, ...] = (config.head_dim,)
-    if config.qk_layernorm == "per_head":
-        qk_shape = (config.num_attention_heads, config.head_dim)
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "input_layernorm.bias": (hidden,),
-        "self_attn.query_key_value.weight": (3 * hidden, hidden),
-        "self_attn.query_key_value.bias": (3 * hidden,),
-    }
-    if config.qk_layernorm != "none":
-        for norm in ("q_layernorm", "k_layernorm"):
-            layer |= {f"self_attn.{norm}.{part}": qk_shape for part in ("weight", "bias")}
-    layer |= {
-        "self_attn.dense.weight": (hidden, hidden),
-        "self_attn.dense.bias": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "post_attention_layernorm.bias": (hidden,),
-        "mlp.dense_h_to_4h.weight": (ffn, hidden),
-        "mlp.dense_h_to_4h.bias": (ffn,),
-        "mlp.dense_4h_to_h.weight": (hidden, ffn),
-        "mlp.dense_4h_to_h.bias": (hidden,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for index in range(config.num_hidden_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes |= {f"model.final_layernorm.{part}": (hidden,) for part in ("weight", "bias")}
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
 def listed(names: Collection[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
@@ -277,8 +240,8 @@ def check_spare_head(
 
 
 def build_config(
-    build: Callable[[dict[str, Any]], PersimmonConfig], raw: dict[str, Any], where: str
-) -> PersimmonConfig:
+    build: Callable[[dict[str, Any]], AnyConfig], raw: dict[str, Any], where: str
+) -> AnyConfig:
     """``build(raw)``, with ``where`` in the error."""
     try:
         return build(raw)
@@ -288,7 +251,7 @@ def build_config(
         ) from error
 
 
-def differing_fields(a: PersimmonConfig, b: PersimmonConfig) -> list[str]:
+def differing_fields(a: ModelConfig, b: ModelConfig) -> list[str]:
     return [
         f"{f.name} ({getattr(a, f.name)!r} and {getattr(b, f.name)!r})"
         for f in fields(a)

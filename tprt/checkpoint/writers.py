@@ -37,12 +37,10 @@ from tprt.checkpoint.reader import (
     EMBEDDING,
     HEAD,
     CheckpointReader,
-    canonical_shapes,
     dtype_name,
     listed,
 )
 from tprt.checkpoint.safetensors_file import SafetensorsWriter, raw_bytes, total_bytes
-from tprt.config import PersimmonConfig, default_rotary_precision
 from tprt.distributed.sharding import ShardSpec, Slices
 from tprt.errors import CheckpointError, OutputError
 
@@ -57,7 +55,7 @@ def write_huggingface(reader: CheckpointReader, dst: str | Path) -> None:
         CheckpointError: the layout cannot hold the model (q/k LayerNorms that differ by head).
         OutputError: ``dst`` is not empty or cannot be written.
     """
-    raw = _settled(reader).to_hf() | {"torch_dtype": dtype_name(reader.dtype)}
+    raw = reader.config.settled(reader.layout).to_hf() | {"torch_dtype": dtype_name(reader.dtype)}
     shards: list[list[str]] = [[]]
     size = 0
     for name in reader.names():
@@ -102,7 +100,7 @@ def write_presharded(
     reader.config.validate_parallel(tp)
     ranks = [specs(rank, tp) for rank in range(tp)]
     _check_specs(reader, ranks)
-    config = _settled(reader)
+    config = reader.config.settled(reader.layout)
     with _folder(dst) as folder:
         files = []
         for rank, cut in enumerate(ranks):
@@ -143,7 +141,7 @@ def write_megatron(reader: CheckpointReader, dst: str | Path, tp: int, iteration
         OutputError: ``dst`` is not empty or cannot be written.
     """
     reader.config.validate_parallel(tp)
-    config = _settled(reader)
+    config = reader.config.settled(reader.layout)
     args = config.to_megatron(tp, dtype_name(reader.dtype))
     args["params_dtype"] = reader.dtype
     args["iteration"] = iteration
@@ -247,18 +245,12 @@ def _rng_state() -> dict[str, Any]:
 # Shared parts
 
 
-def _settled(reader: CheckpointReader) -> PersimmonConfig:
-    """The config with the rotary precision said aloud, so that it survives a change of layout."""
-    meant = reader.config.rotary_precision or default_rotary_precision(reader.layout)
-    return replace(reader.config, rotary_precision=meant)
-
-
 def _reading(reader: CheckpointReader, name: str) -> Callable[[Slices], torch.Tensor]:
     return lambda slices: reader.read(name, slices)
 
 
 def _check_specs(reader: CheckpointReader, ranks: list[dict[str, ShardSpec]]) -> None:
-    shapes = canonical_shapes(reader.config)
+    shapes = reader.config.tensor_shapes()
     for rank, cut in enumerate(ranks):
         # A tied head is the embedding; a spec for it needs no tensor of its own.
         different = cut.keys() ^ shapes.keys()

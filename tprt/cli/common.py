@@ -178,5 +178,5 @@ def make_llm(
 
 def llm_options(model: ModelSettings) -> dict[str, Any]:
     """What ``LLM`` is told of a checkpoint beside its path."""
-    names = ("tokenizer", "rotary_precision", "verify", "bos_policy", "trim_vocab")
+    names = ("tokenizer", "rotary_precision", "window_keys", "verify", "bos_policy", "trim_vocab")
     return {name: getattr(model, name) for name in names}

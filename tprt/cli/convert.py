@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tprt.config import PersimmonConfig
+    from tprt.config import ModelConfig
     from tprt.distributed.sharding import ShardSpec
 
 FORMATS = ("megatron", "hf", "presharded")
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _specs(config: "PersimmonConfig") -> Any:
+def _specs(config: "ModelConfig") -> Any:
     """(rank, size) -> the cut of each parameter, as the model itself makes it."""
     import torch
 

@@ -133,20 +133,18 @@ def _fingerprint(settings: Settings, facts: "InputFacts") -> dict[str, Any]:
     from tprt.checkpoint import open_checkpoint
     from tprt.job.fingerprint import make_fingerprint
     from tprt.job.input_file import Shard
-    from tprt.llm import open_tokenizer, resolve_rotary_precision, resolve_vocabulary
+    from tprt.llm import open_tokenizer, resolve_config, resolve_vocabulary
 
     model = settings.model
     with open_checkpoint(model.path) as reader:
         tokenizer = open_tokenizer(reader, model.tokenizer, model.bos_policy)
         vocabulary = resolve_vocabulary(reader.config.vocab_size, tokenizer, model.trim_vocab)
-        in_effect = {
+        config = resolve_config(reader, vars(model))
+        in_effect = {name: getattr(config, name) for name in config.overrides} | {
             "dtype": model.dtype,
-            "rotary_precision": resolve_rotary_precision(reader, model.rotary_precision),
             "bos_policy": model.bos_policy,
             "trim_vocab": [list(block) for block in vocabulary.removed],
-            "max_model_len": settings.engine_config().resolve_max_model_len(
-                reader.config.max_position_embeddings
-            ),
+            "max_model_len": settings.engine_config().resolve_max_model_len(config),
         }
         return make_fingerprint(
             input=facts,

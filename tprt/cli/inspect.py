@@ -41,12 +41,12 @@ def describe(settings: Settings) -> dict[str, Any]:
     """Everything ``inspect`` shows, as one JSON-able mapping."""
     from tprt.checkpoint import open_checkpoint
     from tprt.engine.memory_plan import plan_ranks, whole_parameters
-    from tprt.llm import open_tokenizer, resolve_rotary_precision
+    from tprt.llm import open_tokenizer, resolve_config
     from tprt.tokenizer import check_vocab, eos_warnings
 
     model = settings.model
     with open_checkpoint(model.path, verify=model.verify) as reader:
-        config, warnings = reader.config, list(reader.warnings)
+        config, warnings = resolve_config(reader, vars(model)), list(reader.warnings)
         tokenizer: dict[str, Any] | None = None
         try:
             found = open_tokenizer(reader, model.tokenizer, model.bos_policy)
@@ -70,7 +70,7 @@ def describe(settings: Settings) -> dict[str, Any]:
             "tp_on_disk": reader.disk_tp,
             "dtype": str(reader.dtype).removeprefix("torch."),
             "parameters": whole_parameters(config),
-            "rotary_precision": resolve_rotary_precision(reader, model.rotary_precision),
+            "in_words": config.in_words,
             "config": {"model_type": config.model_type} | asdict(config),
             "tokenizer": tokenizer,
             "tp_sizes": config.tp_sizes(),
@@ -94,7 +94,7 @@ def _text(result: dict[str, Any]) -> str:
         f"{config['head_dim']}, MLP {config['intermediate_size']}, vocabulary "
         f"{config['vocab_size']}, {config['max_position_embeddings']} positions",
         f"  rotary: theta {config['rope_theta']:g}, {config['partial_rotary_factor']:g} of a head, "
-        f"{result['rotary_precision']}; q/k LayerNorm {config['qk_layernorm']}",
+        f"{result['in_words']}",
     ]
     tokenizer = result["tokenizer"]
     if tokenizer:

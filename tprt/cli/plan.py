@@ -11,7 +11,7 @@ from tprt.cli.settings import Settings
 from tprt.errors import ConfigError, OutOfMemoryPlan
 
 if TYPE_CHECKING:
-    from tprt.config import PersimmonConfig
+    from tprt.config import ModelConfig
     from tprt.distributed.vocabulary import Vocabulary
 
 GIB = 2**30
@@ -54,19 +54,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_config(path: str) -> "PersimmonConfig":
+def read_config(path: str) -> "ModelConfig":
     """The model's config from a checkpoint folder or a bare ``config.json``."""
     from tprt.checkpoint import open_checkpoint
     from tprt.checkpoint.reader import build_config
     from tprt.checkpoint.safetensors_file import read_json
-    from tprt.config import PersimmonConfig
+    from tprt.config import config_from_hf
 
     if not path.endswith(".json"):
         return open_checkpoint(path).config
-    return build_config(PersimmonConfig.from_hf, read_json(Path(path)), path)
+    return build_config(config_from_hf, read_json(Path(path)), path)
 
 
-def read_vocabulary(settings: Settings, config: "PersimmonConfig") -> "Vocabulary":
+def read_vocabulary(settings: Settings, config: "ModelConfig") -> "Vocabulary":
     """Which ids get rows. A bare ``config.json`` has no tokenizer, which ranges can do without."""
     from tprt.checkpoint import open_checkpoint
     from tprt.llm import resolve_vocabulary
@@ -82,7 +82,7 @@ def read_vocabulary(settings: Settings, config: "PersimmonConfig") -> "Vocabular
 
 
 def make_plan(
-    settings: Settings, config: "PersimmonConfig", memory_gib: float | None = None
+    settings: Settings, config: "ModelConfig", memory_gib: float | None = None
 ) -> dict[str, Any]:
     """What ``--json`` prints. KV memory comes in whole blocks, as the engine allocates it."""
     import torch
@@ -93,7 +93,7 @@ def make_plan(
     engine = settings.engine_config()
     tp_size = settings.parallel.tensor or 1
     kind = "cpu" if settings.model.device == "cpu" else "cuda"
-    length = engine.resolve_max_model_len(config.max_position_embeddings)
+    length = engine.resolve_max_model_len(config)
     vocabulary, dtype = read_vocabulary(settings, config), getattr(torch, engine.dtype)
     ranks = plan_ranks(config, tp_size, dtype, length, vocabulary)
     whole = plan_ranks(config, tp_size, dtype, length)[0]

@@ -55,6 +55,7 @@ class ModelSettings(_Section):
     tokenizer: ExpandedPath | None = None
     dtype: Dtype = "bfloat16"
     rotary_precision: Literal["auto", "bf16", "fp32"] = "auto"
+    window_keys: Annotated[int, Field(ge=2)] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     bos_policy: Literal["none", "bos"] = "none"
     trim_vocab: Annotated[TrimVocab, PlainValidator(parse_trim_vocab)] = "off"

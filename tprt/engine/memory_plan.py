@@ -10,20 +10,18 @@ from math import prod
 
 import torch
 
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.logprobs import MAX_LOGITS
 from tprt.engine.sampler import FULL_ROWS
 from tprt.engine.step_record import MAX_BANS, MAX_BUCKET, bucket_of
-from tprt.models import get_model_class
+from tprt.models import CausalLM, get_model_class
 
 # Estimates: these are the parts of a plan that no shape gives. The driver's context; the modules of
 # torch's and our kernels with what cuBLAS works in; the channels and buffers of a NCCL communicator.
 CONTEXT, MODULES, COMMUNICATOR = 512 * 2**20, 256 * 2**20, 256 * 2**20
-# Split attention: tokens of a part, and the most bytes that partial results take.
-SPLIT_TOKENS, MAX_PARTIALS = 128, 128 * 2**20
 # Bytes per logit while FULL_ROWS rows are penalised, sorted, truncated and drawn.
 SORTED_LOGIT = 72
 
@@ -74,7 +72,7 @@ class RuntimePlan:
 
 
 def plan_runtime(
-    config: PersimmonConfig,
+    config: ModelConfig,
     tp_size: int,
     engine: EngineConfig,
     device_type: str = "cuda",
@@ -82,8 +80,9 @@ def plan_runtime(
 ) -> RuntimePlan:
     """What steps of ``engine`` take on each of ``tp_size`` ranks; the same on all of them."""
     itemsize = getattr(torch, engine.dtype).itemsize
-    length = engine.resolve_max_model_len(config.max_position_embeddings)
+    length = engine.resolve_max_model_len(config)
     part = (vocabulary or Vocabulary(config.vocab_size)).part(tp_size)
+    model = _on_paper(config, 0, tp_size, getattr(torch, engine.dtype), length, vocabulary)
     vocab, slots = part * tp_size, engine.max_num_seqs + 1
     graphs = device_type == "cuda" and not engine.enforce_eager
     bucket = bucket_of(min(engine.max_num_seqs, MAX_BUCKET))
@@ -97,43 +96,20 @@ def plan_runtime(
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
-    partials = _partials(config, tp_size, rows, length)
+    partials = model.partial_bytes(rows, length)
     # One after the other: the layers, and what becomes of their last rows.
-    layers = _activations(config, tp_size, tokens, length) * itemsize + partials
+    layers = model.activation_elements(tokens, length) * itemsize + partials
     workspace = max(layers, _sampling(rows, part, tp_size), scores)
     pool = 0
     if graphs:
-        pool = _activations(config, tp_size, bucket, 0) * itemsize + partials
+        pool = model.activation_elements(bucket, 0) * itemsize + partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
-        return RuntimePlan(state, workspace, pool, 0, 0, _copies(config, tp_size, engine))
+        copied = engine.kernels == "auto" and engine.sparse_rows != 0 and engine.dtype == "bfloat16"
+        copies = model.copied_elements() * itemsize if copied else 0
+        return RuntimePlan(state, workspace, pool, 0, 0, copies)
     context = CONTEXT + (COMMUNICATOR if tp_size > 1 else 0)
     return RuntimePlan(state, workspace, pool, MODULES, context)
-
-
-def _copies(config: PersimmonConfig, tp_size: int, engine: EngineConfig) -> int:
-    """Of down projections, which lie by neuron, for products of many rows."""
-    if engine.kernels != "auto" or engine.sparse_rows == 0 or engine.dtype != "bfloat16":
-        return 0
-    return 2 * config.num_hidden_layers * config.hidden_size * config.intermediate_size // tp_size
-
-
-def _activations(config: PersimmonConfig, tp_size: int, tokens: int, length: int) -> int:
-    """Elements alive at the peak of a layer; with ``length`` one sequence's keys and values gathered."""
-    hidden, ffn = config.hidden_size, config.intermediate_size // tp_size
-    heads = config.num_attention_heads * config.head_dim // tp_size
-    # Residual stream and its norm, before and after; q, k, v, rotated queries, context.
-    attention = 5 * hidden + 5 * heads
-    # The same four; what goes up before and after the square; or that, the sum and its norm.
-    mlp = 4 * hidden + max(2 * ffn, ffn + 3 * hidden)
-    gathered = 2 * length * heads
-    return max(tokens * attention + gathered, tokens * mlp)
-
-
-def _partials(config: PersimmonConfig, tp_size: int, rows: int, length: int) -> int:
-    """Bytes of float32 sums, maxima and weights of every part of ``rows`` sequences, per head."""
-    parts = rows * -(-length // SPLIT_TOKENS) * (config.num_attention_heads // tp_size)
-    return min(4 * parts * (config.head_dim + 2), MAX_PARTIALS)
 
 
 def _sampling(rows: int, part: int, tp_size: int) -> int:
@@ -145,7 +121,7 @@ def _sampling(rows: int, part: int, tp_size: int) -> int:
 
 
 def plan_ranks(
-    config: PersimmonConfig,
+    config: ModelConfig,
     tp_size: int,
     dtype: torch.dtype,
     max_model_len: int | None = None,
@@ -158,16 +134,29 @@ def plan_ranks(
     ]
 
 
-def whole_parameters(config: PersimmonConfig) -> int:
+def whole_parameters(config: ModelConfig) -> int:
     """Parameters of the uncut model as it stands on disk."""
-    meta = TPGroup(device=torch.device("meta"))
-    model = get_model_class(config.model_type)(config, meta, torch.bfloat16)
+    model = _on_paper(config, 0, 1, torch.bfloat16)
     return sum(prod(shard_spec(p).canonical_shape) for p in model.parameters())
+
+
+@lru_cache(maxsize=8)
+def _on_paper(
+    config: ModelConfig,
+    rank: int,
+    size: int,
+    dtype: torch.dtype,
+    max_len: int | None = None,
+    vocabulary: Vocabulary | None = None,
+) -> CausalLM:
+    """The part of a rank that only exists on paper: shapes without memory."""
+    tp = TPGroup(rank, size, torch.device("meta"))
+    return get_model_class(config.model_type)(config, tp, dtype, max_len, vocabulary)
 
 
 @lru_cache(maxsize=64)
 def plan_rank(
-    config: PersimmonConfig,
+    config: ModelConfig,
     rank: int,
     size: int,
     dtype: torch.dtype,
@@ -175,8 +164,7 @@ def plan_rank(
     vocabulary: Vocabulary | None = None,
 ) -> RankPlan:
     """Rank ``rank`` of ``size``; ``max_len`` positions in the rotary table, None for the model's own."""
-    tp = TPGroup(rank, size, torch.device("meta"))
-    model = get_model_class(config.model_type)(config, tp, dtype, "fp32", max_len, vocabulary)
+    model = _on_paper(config, rank, size, dtype, max_len, vocabulary)
     parameters = sum(p.numel() for p in model.parameters())
     # One rotary table serves every layer; buffers() yields it once.
     tables = sum(b.numel() * b.element_size() for b in model.buffers())

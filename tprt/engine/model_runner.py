@@ -39,7 +39,7 @@ from tprt.errors import PeerLost, StepTimeout
 from tprt.faults import fault_point
 from tprt.kernels import kernels_for
 from tprt.log import get_logger
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models import CausalLM
 
 logger = get_logger(__name__)
 
@@ -80,7 +80,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: PersimmonForCausalLM,
+        model: CausalLM,
         tp: TPGroup,
         dtype: torch.dtype,
         *,

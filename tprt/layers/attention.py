@@ -11,6 +11,14 @@ from tprt.kernels import HeadNorms, kernels_for
 from tprt.layers.norm import HeadLayerNorm
 
 Angles = tuple[torch.Tensor, torch.Tensor]
+# Split attention: tokens of a part, and the most bytes that partial results take.
+SPLIT_TOKENS, MAX_PARTIALS = 128, 128 * 2**20
+
+
+def split_attention_bytes(rows: int, length: int, num_heads: int, head_dim: int) -> int:
+    """Of float32 sums, maxima and weights of every part of ``rows`` sequences of ``length`` tokens."""
+    parts = rows * -(-length // SPLIT_TOKENS) * num_heads
+    return min(4 * parts * (head_dim + 2), MAX_PARTIALS)
 
 
 class Attention(nn.Module):

@@ -1,6 +1,6 @@
 """The library face: ``LLM``."""
 
 from tprt.llm.llm import LLM, Progress
-from tprt.llm.startup import open_tokenizer, resolve_rotary_precision, resolve_vocabulary
+from tprt.llm.startup import open_tokenizer, resolve_config, resolve_vocabulary
 
-__all__ = ["LLM", "Progress", "open_tokenizer", "resolve_rotary_precision", "resolve_vocabulary"]
+__all__ = ["LLM", "Progress", "open_tokenizer", "resolve_config", "resolve_vocabulary"]

@@ -8,32 +8,26 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.model_runner import ModelRunner
 from tprt.kernels import kernels_for, use_kernels
-from tprt.kernels.warm_up import LayerSizes, compile_kernels
+from tprt.kernels.warm_up import compile_kernels
 from tprt.llm.memory import MemoryPlan, agree_on_blocks, compare_with_plan
 from tprt.llm.startup import together
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models import CausalLM, get_model_class
 
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
 def kernels_to_compile(
-    config: PersimmonConfig, tp: TPGroup, engine: EngineConfig
+    config: ModelConfig, tp: TPGroup, engine: EngineConfig
 ) -> Callable[[], None]:
     """What compiles the kernels of this rank, on the current stream."""
-    sizes = LayerSizes(
-        hidden_size=config.hidden_size,
-        num_heads=config.num_attention_heads // tp.size,
-        head_dim=config.head_dim,
-        rotary_dim=config.rotary_dim,
-        intermediate_size=config.intermediate_size // tp.size,
-        block_size=engine.block_size,
-        dtype=getattr(torch, engine.dtype),
-        head_norms=config.qk_layernorm != "none",
-    )
+    on_paper = TPGroup(tp.rank, tp.size, torch.device("meta"))
+    dtype = getattr(torch, engine.dtype)
+    model = get_model_class(config.model_type)(config, on_paper, dtype)
+    sizes = model.kernel_sizes(engine.block_size)
 
     def compile_them() -> None:
         with use_kernels(*engine.kernel_choice):
@@ -43,7 +37,7 @@ def kernels_to_compile(
 
 
 def build_runner(
-    model: PersimmonForCausalLM,
+    model: CausalLM,
     tp: TPGroup,
     engine: EngineConfig,
     plan: MemoryPlan,

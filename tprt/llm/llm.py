@@ -17,7 +17,6 @@ import torch
 
 import tprt
 from tprt.checkpoint import CheckpointReader, load_weights, open_checkpoint
-from tprt.config import RotaryPrecision
 from tprt.distributed.failure import Failure
 from tprt.distributed.tp_group import TPGroup, init_tp_group, launched_size
 from tprt.distributed.vocabulary import show_ranges
@@ -42,10 +41,11 @@ from tprt.llm.startup import (
     engine_config,
     open_record_file,
     open_tokenizer,
-    resolve_rotary_precision,
+    resolve_config,
     resolve_vocabulary,
     same_file,
     settle_collectives,
+    split_options,
     start_watch,
     together,
 )
@@ -68,8 +68,6 @@ class LLM:
         model: a release folder, an ``iter_*`` folder, a Hugging Face or presharded folder, or a hub id.
         tokenizer: path of the sentencepiece model; None takes the one beside the checkpoint.
         dtype: "bfloat16", "float32" or "float16".
-        rotary_precision: "bf16" as Adept's inference, "fp32" as Hugging Face; "auto" takes what the
-            checkpoint says, else bf16 for Megatron checkpoints and fp32 for Hugging Face folders.
         verify: "full" also checks checksums, "sizes" only what names and headers say.
         bos_policy: "none" as Adept, "bos" as Hugging Face, which begins every text with |ENDOFTEXT|.
         trim_vocab: ids whose rows of embedding and head are not loaded and that are never sampled:
@@ -80,7 +78,10 @@ class LLM:
         watch: a watch over the ranks that runs already; it stays the caller's. None starts one where
             there are several ranks: a rank that died, raised or does not move any more is then named
             by a ``PeerLost`` on all others.
-        **engine: the other fields of ``EngineConfig``.
+        **options: the other fields of ``EngineConfig``, and those that the model's own config lets users
+            set: ``rotary_precision`` ("bf16" as Adept's inference, "fp32" as Hugging Face; "auto" takes
+            what the checkpoint says, else bf16 for Megatron checkpoints and fp32 for Hugging Face
+            folders), ``window_keys`` (keys of a window that a query sees, its own included).
 
     Attributes:
         vocabulary: which ids have rows.
@@ -99,21 +100,20 @@ class LLM:
         *,
         tokenizer: str | Path | None = None,
         dtype: str = "bfloat16",
-        rotary_precision: RotaryPrecision | Literal["auto"] = "auto",
         verify: Literal["sizes", "full"] = "sizes",
         bos_policy: Literal["none", "bos"] = "none",
         trim_vocab: Literal["off", "reserved"] | Sequence[Sequence[int]] = "off",
         group: Any = None,
         device: torch.device | str | None = None,
         watch: Watch | None = None,
-        **engine: Any,
+        **options: Any,
     ) -> None:
         began = time.perf_counter()
         times = StartupTimes(_IMPORTED)
+        engine, overrides = split_options(options)
         self.engine_config = engine_config(dtype, engine)
         reader = open_checkpoint(str(model), verify=verify)
-        self.config = reader.config
-        self.rotary_precision = resolve_rotary_precision(reader, rotary_precision)
+        self.config = resolve_config(reader, overrides)
         self.tokenizer = open_tokenizer(reader, tokenizer, bos_policy)
         self.num_valid_ids = check_vocab(
             self.tokenizer,
@@ -124,9 +124,7 @@ class LLM:
         self.vocabulary = resolve_vocabulary(self.config.vocab_size, self.tokenizer, trim_vocab)
         if group is None:
             self.config.validate_parallel(launched_size())
-        self.max_model_len = self.engine_config.resolve_max_model_len(
-            self.config.max_position_embeddings
-        )
+        self.max_model_len = self.engine_config.resolve_max_model_len(self.config)
 
         self.tp = init_tp_group(group, device, None if watch is None else watch.progress)
         self._watch: Watch | None = None
@@ -159,14 +157,14 @@ class LLM:
         for warning in [*reader.warnings, *eos_warnings(self.tokenizer, self.config.eos_token_id)]:
             logger.warning("%s", warning)
         logger.info(
-            "%s checkpoint (TP=%d on disk) on %d x %s in %s, rotary %s; %.1f MB read by rank 0; "
+            "%s checkpoint (TP=%d on disk) on %d x %s in %s, %s; %.1f MB read by rank 0; "
             "%d KV blocks of %d tokens; %s kernels, %s; ready in %.1f s",
             reader.layout,
             reader.disk_tp,
             self.tp.size,
             self.tp.device.type,
             self.engine_config.dtype,
-            self.rotary_precision,
+            self.config.in_words,
             reader.bytes_read / 1e6,
             self._engine.blocks.capacity,
             self.engine_config.block_size,
@@ -241,7 +239,6 @@ class LLM:
                 self.config,
                 self.tp,
                 dtype,
-                self.rotary_precision,
                 self.max_model_len,
                 self.vocabulary,
             ).eval()
@@ -284,7 +281,6 @@ class LLM:
             "model": repr(self.config),
             "layout": reader.layout,
             "checkpoint": reader.fingerprint(),
-            "rotary_precision": self.rotary_precision,
             "tokenizer": self.tokenizer.sha256,
             "engine": repr(self.engine_config),
             "num_valid_ids": self.num_valid_ids,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
@@ -57,7 +57,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: PersimmonConfig,
+    config: ModelConfig,
     engine: EngineConfig,
     tp_size: int,
     device_type: str,
@@ -65,7 +65,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """The plan of ``tp_size`` ranks on devices of this type; needs none."""
     dtype = getattr(torch, engine.dtype)
-    length = engine.resolve_max_model_len(config.max_position_embeddings)
+    length = engine.resolve_max_model_len(config)
     # Cuts are padded: all ranks are alike.
     rank = plan_rank(config, 0, tp_size, dtype, length, vocabulary)
     runtime = plan_runtime(config, tp_size, engine, device_type, vocabulary)
@@ -74,7 +74,7 @@ def plan_memory(
 
 def check_memory(
     tp: TPGroup,
-    config: PersimmonConfig,
+    config: ModelConfig,
     engine: EngineConfig,
     loaded: int = 0,
     vocabulary: Vocabulary | None = None,
@@ -124,7 +124,7 @@ def host_memory_available() -> int | None:
 
 
 def _too_little(
-    config: PersimmonConfig,
+    config: ModelConfig,
     engine: EngineConfig,
     tp: TPGroup,
     plan: MemoryPlan,
@@ -147,7 +147,7 @@ def _too_little(
 
 
 def largest_that_fits(
-    config: PersimmonConfig,
+    config: ModelConfig,
     engine: EngineConfig,
     tp_size: int,
     device_type: str,

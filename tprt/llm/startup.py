@@ -13,12 +13,7 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from tprt.checkpoint import CheckpointReader
-from tprt.config import (
-    EngineConfig,
-    RotaryPrecision,
-    default_rotary_precision,
-    parse_trim_vocab,
-)
+from tprt.config import CONFIG_CLASSES, EngineConfig, ModelConfig, parse_trim_vocab
 from tprt.distributed.communication import gather_json
 from tprt.distributed.failure import Failure
 from tprt.distributed.self_test import check_captured_collectives
@@ -48,6 +43,18 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 T = TypeVar("T")
 
 
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is set of the engine, and of the model's own config, where "auto" and None set nothing."""
+    own = {name for cls in CONFIG_CLASSES.values() for name in cls.overrides}
+    engine = {name: value for name, value in options.items() if name not in own}
+    overrides = {
+        name: value
+        for name, value in options.items()
+        if name in own and value is not None and value != "auto"
+    }
+    return engine, overrides
+
+
 def engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
     try:
         return EngineConfig(dtype=dtype, **engine)
@@ -58,15 +65,18 @@ def engine_config(dtype: str, engine: dict[str, Any]) -> EngineConfig:
         raise ConfigError(what, hint=hint) from None
 
 
-def resolve_rotary_precision(
-    reader: CheckpointReader, asked: RotaryPrecision | Literal["auto"]
-) -> RotaryPrecision:
-    """What was asked, else what the checkpoint says, else what its layout's own code does."""
-    if asked not in ("auto", "bf16", "fp32"):
-        raise ConfigError(f"rotary_precision is {asked!r}", hint="auto, bf16 or fp32")
-    if asked != "auto":
-        return asked
-    return reader.config.rotary_precision or default_rotary_precision(reader.layout)
+def resolve_config(reader: CheckpointReader, options: dict[str, Any]) -> ModelConfig:
+    """The model as it is going to run: as asked, else as the checkpoint says, else as its layout's own
+    code has it.
+
+    Args:
+        options: fields of the model's config among other things; see ``split_options``.
+
+    Raises:
+        ConfigError: this model has no such field, or not with this value.
+    """
+    overrides = split_options(options)[1]
+    return reader.config.with_overrides(overrides).settled(reader.layout)
 
 
 def open_tokenizer(

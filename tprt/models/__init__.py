@@ -1,12 +1,14 @@
 """The architectures, found by the ``model_type`` of their config."""
 
-from tprt.config import PersimmonConfig
+from tprt.models.base import CausalLM
 from tprt.models.persimmon import PersimmonForCausalLM
 
-MODEL_CLASSES: dict[str, type[PersimmonForCausalLM]] = {
-    PersimmonConfig.model_type: PersimmonForCausalLM
+MODEL_CLASSES: dict[str, type[CausalLM]] = {
+    cls.config_class.model_type: cls for cls in (PersimmonForCausalLM,)
 }
 
+__all__ = ["MODEL_CLASSES", "CausalLM", "get_model_class"]
 
-def get_model_class(model_type: str) -> type[PersimmonForCausalLM]:
+
+def get_model_class(model_type: str) -> type[CausalLM]:
     return MODEL_CLASSES[model_type]

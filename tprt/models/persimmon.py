@@ -12,21 +12,21 @@ from torch import nn
 
 from tprt.batch import ForwardBatch
 from tprt.cache.kv_cache import KVCache, PagedKVSpec
-from tprt.config import PersimmonConfig, RotaryPrecision
+from tprt.config import PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
-from tprt.layers.attention import Angles, Attention
-from tprt.layers.embedding import Noise, ParallelLMHead, VocabParallelEmbedding
+from tprt.layers.attention import Angles, Attention, split_attention_bytes
+from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import (
     Activations,
     ColumnParallelLinear,
-    ParallelLinear,
+    LayerSizes,
     RowParallelLinear,
 )
 from tprt.layers.norm import HeadLayerNorm, LayerNorm, Norm
 from tprt.layers.rotary import RotaryEmbedding
+from tprt.models.base import CausalLM
 
-Tensors = tuple[torch.Tensor, torch.Tensor]
 StreamAndNorm = tuple[torch.Tensor, Activations]
 
 
@@ -111,14 +111,14 @@ class PersimmonModel(nn.Module):
         config: PersimmonConfig,
         tp: TPGroup,
         dtype: torch.dtype,
-        rotary_precision: RotaryPrecision,
         max_positions: int,
         vocabulary: Vocabulary,
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(vocabulary, config.hidden_size, tp, dtype)
+        precision = config.rotary_precision or "fp32"
         self.rotary_emb = RotaryEmbedding(
-            config.rotary_dim, max_positions, config.rope_theta, rotary_precision, tp.device
+            config.rotary_dim, max_positions, config.rope_theta, precision, tp.device
         )
         self.layers = nn.ModuleList(
             PersimmonDecoderLayer(config, tp, dtype) for _ in range(config.num_hidden_layers)
@@ -141,60 +141,62 @@ class PersimmonModel(nn.Module):
         return self.final_layernorm.kernels.normed(h)
 
 
-class PersimmonForCausalLM(nn.Module):
-    """One rank's part of a Persimmon model; parameters are uninitialised until loaded.
+class PersimmonForCausalLM(CausalLM):
+    """See ``CausalLM``."""
 
-    Args:
-        config: of the whole model.
-        tp: which part this is; without process groups it cannot run but can be planned and loaded.
-        dtype: of parameters, activations and cache.
-        rotary_precision: how positions are turned into angles.
-        max_positions: longest sequence the rotary table covers; None means the model's own limit.
-        vocabulary: which ids have rows; None means all.
-
-    Raises:
-        ConfigError: the heads or the MLP do not divide over ``tp.size`` ranks.
-    """
+    config: PersimmonConfig
+    config_class = PersimmonConfig
 
     def __init__(
         self,
         config: PersimmonConfig,
         tp: TPGroup,
         dtype: torch.dtype,
-        rotary_precision: RotaryPrecision = "fp32",
         max_positions: int | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        super().__init__()
-        config.validate_parallel(tp.size)
-        positions = max_positions or config.max_position_embeddings
-        self.config, self.tp = config, tp
-        self.vocabulary = vocabulary or Vocabulary(config.vocab_size)
-        self.model = PersimmonModel(config, tp, dtype, rotary_precision, positions, self.vocabulary)
+        super().__init__(config, tp, dtype, max_positions, vocabulary)
+        self.model = PersimmonModel(config, tp, dtype, self.max_positions, self.vocabulary)
         tied = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(self.vocabulary, config.hidden_size, tp, dtype, tied)
 
-    def finish_loading(self) -> None:
-        """After the weights are in: lay them out as this device reads them fastest.
-
-        Nothing can be loaded or saved any more. Without it the model runs, slower.
-        """
-        for module in self.modules():
-            if isinstance(module, ParallelLinear | Attention):
-                module.finish_loading()
-
     def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
-        """Hidden states [R, hidden_size] after the last LayerNorm, the same on every rank."""
         return self.model(batch, caches)
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] -> float32 [R, part], this rank's columns of ``vocabulary``."""
-        return self.lm_head(hidden)
-
-    def argmax(self, hidden: torch.Tensor, noise: Noise, num_valid: int) -> Tensors:
-        """The best id of this rank's columns for each row; see ``ParallelLMHead.argmax``."""
-        return self.lm_head.argmax(hidden, noise, num_valid)
-
     def cache_spec(self) -> list[PagedKVSpec]:
-        """What each layer keeps per token."""
         return [m.cache_spec() for m in self.modules() if isinstance(m, Attention)]
+
+    # ------------------------------------------------------------ for plans
+
+    def activation_elements(self, tokens: int, length: int) -> int:
+        hidden, ffn = self.config.hidden_size, self.config.intermediate_size // self.tp.size
+        heads = self.config.hidden_size // self.tp.size
+        # Residual stream and its norm, before and after; q, k, v, rotated queries, context.
+        attention = 5 * hidden + 5 * heads
+        # The same four; what goes up before and after the square; or that, the sum and its norm.
+        mlp = 4 * hidden + max(2 * ffn, ffn + 3 * hidden)
+        return max(tokens * attention + 2 * length * heads, tokens * mlp)
+
+    def partial_bytes(self, rows: int, length: int) -> int:
+        return split_attention_bytes(
+            rows, length, self.config.num_attention_heads // self.tp.size, self.config.head_dim
+        )
+
+    def copied_elements(self) -> int:
+        """Down projections lie by neuron; many rows read them as other matrices."""
+        config = self.config
+        whole = config.num_hidden_layers * config.hidden_size * config.intermediate_size
+        return whole // self.tp.size
+
+    def kernel_sizes(self, block_size: int) -> LayerSizes:
+        config, size = self.config, self.tp.size
+        return LayerSizes(
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads // size,
+            head_dim=config.head_dim,
+            rotary_dim=config.rotary_dim,
+            intermediate_size=config.intermediate_size // size,
+            block_size=block_size,
+            dtype=self.dtype,
+            head_norms=config.qk_layernorm != "none",
+        )
