@@ -1,9 +1,87 @@
 """The one argument of a forward pass. Passed along, never kept in a global."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """The tokens of a pass, sequence by sequence, for what keeps state in slots.
+
+    Legend: T tokens, B sequences.
+
+    Args:
+        slots: int64 [B], no slot twice but that of padding.
+        positions: int64 [T], the absolute position of each token.
+        query_lens: tokens of each sequence, known on the host.
+        starts: position of each sequence's first token in this pass, known on the host; None for a
+            decode step, where each has one token and the host is not to look.
+    """
+
+    slots: torch.Tensor
+    positions: torch.Tensor
+    query_lens: tuple[int, ...]
+    starts: tuple[int, ...] | None
+
+    @cached_property
+    def is_start(self) -> torch.Tensor:
+        """bool [T]: the first token of its sequence, whatever its slot holds."""
+        return self.positions == 0
+
+    @cached_property
+    def first_rows(self) -> torch.Tensor:
+        """int64 [B], the row of each sequence's first token in this pass."""
+        return self._rows(accumulate(self.query_lens, initial=0))[: len(self.query_lens)]
+
+    @cached_property
+    def last_rows(self) -> torch.Tensor:
+        """int64 [B]."""
+        return self._rows(end - 1 for end in accumulate(self.query_lens))
+
+    @cached_property
+    def row_slots(self) -> torch.Tensor:
+        """int64 [T], the slot of each token's sequence."""
+        return self.slots if self.starts is None else self.slots[self._index]
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        return self._rows(i for i, count in enumerate(self.query_lens) for _ in range(count))
+
+    def extend(self, before: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``before`` [B, K, W] put in front of each sequence's rows of ``x`` [T, W].
+
+        Returns:
+            [T + B K, W], and int64 [T]: where in it the K + 1 rows begin that end with each token's own.
+        """
+        count, extra = len(before), before.shape[1]
+        if self.starts is None:
+            rows = torch.arange(count, device=x.device)
+            return torch.cat([before, x.unsqueeze(1)], dim=1).flatten(0, 1), rows * (extra + 1)
+        if count == 1:
+            return torch.cat([before[0], x]), torch.arange(len(x), device=x.device)
+        rows = torch.arange(len(x), device=x.device) + self._index * extra
+        ext = x.new_empty(len(x) + count * extra, x.shape[1])
+        ext[rows + extra] = x
+        begins = self.first_rows + torch.arange(count, device=x.device) * extra
+        ext[(begins.unsqueeze(1) + torch.arange(extra, device=x.device)).flatten()] = (
+            before.flatten(0, 1)
+        )
+        return ext, rows
+
+    def tail(self, count: int) -> torch.Tensor:
+        """int64: rows of the last ``count`` tokens of each sequence, of all where it has fewer."""
+        ends = accumulate(self.query_lens)
+        pairs = zip(ends, self.query_lens, strict=True)
+        return self._rows(row for end, n in pairs for row in range(end - min(n, count), end))
+
+    def _rows(self, values: Iterable[int]) -> torch.Tensor:
+        if self.starts is None:  # one row each, and nothing may come from the host
+            return torch.arange(len(self.query_lens), device=self.slots.device)
+        return torch.tensor(list(values), dtype=torch.int64, device=self.slots.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +101,7 @@ class ForwardBatch:
         logits_rows: int64 [R], the flat rows whose logits are wanted; None for all, in order.
         attention: how these tokens attend over a paged cache, planned once for all layers; see
             ``kernels.AttentionPlan``.
+        segments: the same tokens as state in slots sees them.
     """
 
     input_ids: torch.Tensor
@@ -33,3 +112,4 @@ class ForwardBatch:
     query_lens: tuple[int, ...]
     logits_rows: torch.Tensor | None
     attention: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    segments: Segments

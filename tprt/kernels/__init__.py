@@ -23,6 +23,7 @@ from tprt.kernels.interface import (
     Norm,
     SparseWeight,
 )
+from tprt.kernels.recurrence import RecurrenceWeights
 from tprt.kernels.reference import ReferenceKernels
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Kernels",
     "Noise",
     "Norm",
+    "RecurrenceWeights",
     "SparseWeight",
     "kernels_for",
     "use_kernels",

@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from tprt.batch import Segments
 from tprt.kernels.interface import Activations, Norm, SparseWeight, Tensors
+from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_in_tiles
 from tprt.kernels.reference import ReferenceKernels, causal_mask, gather_kv
 
 Ints = npt.NDArray[np.int64]
@@ -91,6 +93,16 @@ class CPUKernels(ReferenceKernels):
             return super().linear_add_layer_norm(x, weight, bias, residual, norm)
         total: torch.Tensor = _linear_binary(x, residual, weight, bias, "add")
         return total, self.layer_norm(total, norm)
+
+    def recurrence(
+        self,
+        xy: torch.Tensor,
+        weights: RecurrenceWeights,
+        state: torch.Tensor,
+        conv: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor:
+        return recurrence(xy, weights, state, conv, segments, scan_in_tiles)
 
     def pack_sparse(self, rows: torch.Tensor) -> SparseWeight:
         """With a copy for dense products in 16 bits: they take twice as long of what lies by rows, and,

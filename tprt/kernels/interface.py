@@ -1,6 +1,7 @@
 """The operations layers call: one signature each, whatever body serves it.
 
-Legend: T tokens, R rows, H heads of this rank, D head width, r rotary width. Knows tensors only.
+Legend: T tokens, R rows, H heads of this rank, D head width, r rotary width, F width of an MLP on this
+rank. Knows tensors only.
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,21 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tprt.batch import Segments
+from tprt.kernels.recurrence import RecurrenceWeights
+
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
 
 class Norm(NamedTuple):
-    """A LayerNorm: weight and bias [width] in the dtype of the model, and what keeps it from 1 / 0."""
+    """Weight and bias [width] in the dtype of the model, and what keeps a norm from 1 / 0.
+
+    With a bias it is a LayerNorm. Without one it is an RMSNorm that is multiplied by 1 + weight, in
+    float32 up to its result: x / sqrt(mean(x^2) + eps) * (1 + weight).
+    """
 
     weight: torch.Tensor
-    bias: torch.Tensor
+    bias: torch.Tensor | None
     eps: float
 
 
@@ -153,6 +161,15 @@ class Kernels(Protocol):
         """relu(x W^T + b)^2. In float16 the square is capped at 65504: 256^2 is past its range."""
         ...
 
+    def linear_gelu_gate(
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        """gelu(x G^T + g) * (x U^T + u), of weight [2 F, in_features], G before U, and bias [2 F].
+
+        GELU in its form with tanh. Returns [T, F].
+        """
+        ...
+
     def linear_add_layer_norm(
         self,
         x: torch.Tensor,
@@ -232,8 +249,46 @@ class Kernels(Protocol):
         """
         ...
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x W^T in float32, [R, width] -> [R, rows of ``weight``]."""
+    def recurrence(
+        self,
+        xy: torch.Tensor,
+        weights: RecurrenceWeights,
+        state: torch.Tensor,
+        conv: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor:
+        """A recurrent layer between its projections; see ``kernels.recurrence.recurrence``."""
+        ...
+
+    def window_attend(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        segments: Segments,
+        keys: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Rotation, then attention over a window; see ``kernels.window.window_attention``.
+
+        Args:
+            qkv: [T, H + 2, D]: queries, and the one key and value that all heads share.
+            cos, sin: float32 [T, 1, r], as in ``qk_norm_rotary_store``.
+
+        Returns:
+            [T, H, D].
+        """
+        ...
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
+    ) -> torch.Tensor:
+        """x W^T in float32, [R, width] -> [R, rows of ``weight``].
+
+        Args:
+            soft_cap: c, if any, for c tanh(logits / c).
+        """
         ...
 
     def linear_argmax(
@@ -243,6 +298,7 @@ class Kernels(Protocol):
         noise: Noise,
         ids: torch.Tensor,
         num_valid: int,
+        soft_cap: float | None = None,
     ) -> Tensors:
         """``argmax`` of ``logits``; a body need not write them anywhere."""
         ...

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tprt.batch import Segments
 from tprt.kernels.interface import (
     Activations,
     AttentionPlan,
@@ -22,6 +23,8 @@ from tprt.kernels.interface import (
     Tensors,
 )
 from tprt.kernels.noise import gumbel, token_table
+from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_by_step
+from tprt.kernels.window import window_attention
 
 FP16_MAX = 65504.0
 NEG_INF = float("-inf")
@@ -37,6 +40,9 @@ class ReferenceKernels:
         return weight
 
     def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        if norm.bias is None:
+            normed = torch.rms_norm(x.float(), (x.shape[-1],), None, norm.eps)
+            return (normed * (1 + norm.weight.float())).to(x.dtype)
         return torch.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
 
     def add_layer_norm(
@@ -57,6 +63,12 @@ class ReferenceKernels:
         self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         return squared_relu(self.linear(x, weight, bias))
+
+    def linear_gelu_gate(
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
 
     def linear_add_layer_norm(
         self,
@@ -112,8 +124,36 @@ class ReferenceKernels:
         q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
         return plan(q, kv_cache, scale)
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self.linear(x, weight).float()
+    def recurrence(
+        self,
+        xy: torch.Tensor,
+        weights: RecurrenceWeights,
+        state: torch.Tensor,
+        conv: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor:
+        return recurrence(xy, weights, state, conv, segments, scan_by_step)
+
+    def window_attend(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        segments: Segments,
+        keys: int,
+        scale: float,
+    ) -> torch.Tensor:
+        rotated = rotate(qkv[:, :-1], cos, sin)
+        return window_attention(
+            rotated[:, :-1], rotated[:, -1], qkv[:, -1], kv, segments, keys, scale
+        )
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
+    ) -> torch.Tensor:
+        logits = self.linear(x, weight).float()
+        return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
     def linear_argmax(
         self,
@@ -122,8 +162,9 @@ class ReferenceKernels:
         noise: Noise,
         ids: torch.Tensor,
         num_valid: int,
+        soft_cap: float | None = None,
     ) -> Tensors:
-        return self.argmax(self.logits(x, weight), noise, ids, num_valid)
+        return self.argmax(self.logits(x, weight, soft_cap), noise, ids, num_valid)
 
     def argmax(
         self, logits: torch.Tensor, noise: Noise, ids: torch.Tensor, num_valid: int
@@ -152,16 +193,21 @@ def qk_norm_rotary(
 
     [T, H, 2, D] -> the same shape and dtype, a new tensor; the rest as in ``qk_norm_rotary_store``.
     """
-    x, rotary_dim = qk_THQD.float(), cos.shape[-1]
-    if norms is not None:
-        x = torch.layer_norm(x, (x.shape[-1],), None, None, norms.eps)
-        x = torch.addcmul(norms.bias, x, norms.weight)
-    elif x is qk_THQD:
-        x = x.clone()
-    turning = x[..., :rotary_dim]
+    if norms is None:
+        return rotate(qk_THQD, cos, sin)
+    x = torch.layer_norm(qk_THQD.float(), (qk_THQD.shape[-1],), None, None, norms.eps)
+    return rotate(torch.addcmul(norms.bias, x, norms.weight), cos, sin).to(qk_THQD.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The first r dimensions turned, in float32; a new tensor of the same shape and dtype."""
+    turned, rotary_dim = x.float(), cos.shape[-1]
+    if turned is x:
+        turned = x.clone()
+    turning = turned[..., :rotary_dim]
     other_half = turning.roll(rotary_dim // 2, -1)
     turning.mul_(cos).addcmul_(other_half, sin)
-    return x.to(qk_THQD.dtype)
+    return turned.to(x.dtype)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

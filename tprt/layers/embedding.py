@@ -45,6 +45,7 @@ class ParallelLMHead(ParallelLinear):
 
     Args:
         tied_to: the embedding whose rows serve as head, or None for a weight of its own.
+        soft_cap: c, if any, for logits of c tanh(logits / c).
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class ParallelLMHead(ParallelLinear):
         tp: TPGroup,
         dtype: torch.dtype,
         tied_to: VocabParallelEmbedding | None = None,
+        soft_cap: float | None = None,
     ) -> None:
         super().__init__(tp)
+        self.soft_cap = soft_cap
         self.vocabulary, self.part = vocabulary, vocabulary.part(tp.size)
         self.tied = tied_to is not None
         self.ids: torch.Tensor
@@ -79,7 +82,7 @@ class ParallelLMHead(ParallelLinear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part]. Padding rows give 0; the sampler masks them."""
-        return self.kernels.logits(hidden, self._rows())
+        return self.kernels.logits(hidden, self._rows(), self.soft_cap)
 
     def argmax(
         self, hidden: torch.Tensor, noise: Noise, num_valid: int
@@ -93,4 +96,6 @@ class ParallelLMHead(ParallelLinear):
             float32 [R] and int64 [R], as ``Kernels.argmax``.
         """
         valid = self.vocabulary.valid_columns(num_valid, self.tp.rank, self.tp.size)
-        return self.kernels.linear_argmax(hidden, self._rows(), noise, self.ids, valid)
+        return self.kernels.linear_argmax(
+            hidden, self._rows(), noise, self.ids, valid, self.soft_cap
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tprt.distributed.communication import all_reduce, one_shot_for
-from tprt.distributed.sharding import ShardSpec, cut, replicated
+from tprt.distributed.sharding import ShardSpec, cut, divide, padded_cut, replicated
 from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import Activations as Activations
 from tprt.kernels import Norm, SparseWeight, kernels_for
@@ -68,6 +68,78 @@ class ColumnParallelLinear(ParallelLinear):
         return self.linear(x, self.weight, self.bias)
 
 
+class ColumnShard(nn.Module):
+    """Weight, and perhaps bias, of output features that ``MergedColumnParallelLinear`` computes.
+
+    Args:
+        in_features, out_features: of the whole model; weight on disk is [out_features, in_features].
+        part: output features of this rank, those past the end of the whole being zeros; None is an
+            equal cut. Of the whole where ``replicate``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        tp: TPGroup,
+        dtype: torch.dtype,
+        *,
+        part: int | None = None,
+        bias: bool = True,
+        replicate: bool = False,
+    ) -> None:
+        super().__init__()
+
+        def parameter(shape: tuple[int, ...]) -> nn.Parameter:
+            if replicate:
+                return sharded_parameter(replicated(shape), dtype, tp.device)
+            rows = divide(shape[0], tp.size, "output features") if part is None else part
+            return sharded_parameter(padded_cut(shape, 0, tp.rank, rows), dtype, tp.device)
+
+        self.weight = parameter((out_features, in_features))
+        self.bias = parameter((out_features,)) if bias else None
+
+
+class MergedColumnParallelLinear(ParallelLinear):
+    """Several column-parallel layers of one input as one product; parameters are those of ``shards``.
+
+    Args:
+        shards: in the order of their results; all with a bias or all without.
+        activation: "gelu_gate" for gelu of the first half times the second, else None.
+    """
+
+    def __init__(
+        self,
+        shards: tuple[ColumnShard, ...],
+        tp: TPGroup,
+        activation: Literal["gelu_gate"] | None = None,
+    ) -> None:
+        super().__init__(tp)
+        # In a tuple: attributes of their own would give the parameters a second name.
+        self.shards, self.gated = shards, activation == "gelu_gate"
+        self.merged: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def finish_loading(self) -> None:
+        """Put the matrices one below the other; the shards give theirs up."""
+        weight, bias = self._merge()
+        for shard in self.shards:
+            del shard.weight, shard.bias
+        self.merged = self.kernels.pack_weight(weight), bias
+
+    def _merge(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        biases = [shard.bias for shard in self.shards if shard.bias is not None]
+        weight = torch.cat([shard.weight for shard in self.shards])
+        return weight, torch.cat(biases) if biases else None
+
+    def forward(self, x: Activations) -> torch.Tensor:
+        """[T, in_features] -> [T, all output features of this rank], half of them where gated."""
+        weight, bias = self.merged or self._merge()
+        if self.gated:
+            assert bias is not None
+            return self.kernels.linear_gelu_gate(x, weight, bias)
+        return self.kernels.linear(x, weight, bias)
+
+
 class RowParallelLinear(ParallelLinear):
     """y = x W^T + b with the input features cut over ranks; the bias enters once, after the sum.
 
@@ -75,6 +147,8 @@ class RowParallelLinear(ParallelLinear):
         in_features, out_features: of the whole layer; weight on disk is [out_features, in_features].
         sparse_input: x is mostly exactly 0, as squared ReLU leaves it. The weight is then held as
             [in_features / size, out_features], and few rows of x read only what meets something else.
+        part: input features of this rank, those past the end of the whole being zeros; None is an equal
+            cut.
     """
 
     def __init__(
@@ -84,9 +158,11 @@ class RowParallelLinear(ParallelLinear):
         tp: TPGroup,
         dtype: torch.dtype,
         sparse_input: bool = False,
+        part: int | None = None,
     ) -> None:
         super().__init__(tp)
-        weight = cut((out_features, in_features), 1, tp.rank, tp.size)
+        part = divide(in_features, tp.size, "input features") if part is None else part
+        weight = padded_cut((out_features, in_features), 1, tp.rank, part)
         weight = replace(weight, transposed=sparse_input)
         self.weight = sharded_parameter(weight, dtype, tp.device)
         self.bias = sharded_parameter(replicated((out_features,)), dtype, tp.device)

@@ -1,4 +1,4 @@
-"""LayerNorm over the hidden size, and over the width of each head."""
+"""LayerNorm and RMSNorm over the hidden size, LayerNorm over the width of each head."""
 
 import torch
 from torch import nn
@@ -23,6 +23,24 @@ class LayerNorm(nn.Module):
     def norm(self) -> Norm:
         """For the operations that end in a LayerNorm."""
         return Norm(self.weight, self.bias, self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, hidden_size] -> the same shape and dtype."""
+        return self.kernels.layer_norm(x, self.norm)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in float32, the same on every rank."""
+
+    def __init__(self, hidden_size: int, eps: float, tp: TPGroup, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps, self.kernels = eps, kernels_for(tp.device)
+        self.weight = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
+
+    @property
+    def norm(self) -> Norm:
+        """For the operations that end in a norm."""
+        return Norm(self.weight, None, self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> the same shape and dtype."""

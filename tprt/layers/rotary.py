@@ -9,6 +9,23 @@ import torch
 from torch import nn
 
 
+class RotaryAngles(nn.Module):
+    """As ``RotaryEmbedding`` in float32, for positions without an end: computed anew for each pass."""
+
+    inverse: torch.Tensor
+
+    def __init__(self, rotary_dim: int, theta: float, device: torch.device) -> None:
+        super().__init__()
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
+        self.register_buffer("inverse", 1.0 / (theta ** (exponents / rotary_dim)), persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [T] -> cos and sin, float32 [T, 1, rotary_dim] each."""
+        angles = positions.unsqueeze(1) * self.inverse  # [T, rotary_dim / 2]
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
+
+
 class RotaryEmbedding(nn.Module):
     """Turns the first ``rotary_dim`` dimensions of q and k by position * theta^(-2i / rotary_dim).
 
