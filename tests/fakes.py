@@ -66,12 +66,12 @@ class HashModel:
     def __call__(self, batch, caches):
         self.passes += 1
         memory = caches[0].kv.view(-1)
-        memory[batch.slot_mapping[0]] = batch.input_ids.to(memory.dtype)
+        memory[batch.paged.slot_mapping[0]] = batch.input_ids.to(memory.dtype)
         size = caches[0].k.shape[1]
         histories, row = [], 0
         for i, new in enumerate(batch.query_lens):
             old = int(batch.positions[row])
-            places = batch.block_tables[i].repeat_interleave(size) * 2 * size
+            places = batch.paged.block_tables[i].repeat_interleave(size) * 2 * size
             places = places + torch.arange(len(places)) % size
             ids = memory[places[: old + new]].long().tolist()
             histories += [ids[: old + k + 1] for k in range(new)]

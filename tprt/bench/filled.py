@@ -25,11 +25,11 @@ WARM_UP_STEPS = 4
 @torch.inference_mode()
 def fill_cache(runner: ModelRunner, like: ModelRunner | None = None) -> None:
     """Random keys and values in every block of this rank; those of ``like``, which has as many."""
-    for layer, cache in enumerate(runner.caches):
+    for layer, cache in enumerate(runner.kv_caches):
         if like is None:
             cache.kv.normal_()
         else:
-            cache.kv.copy_(like.caches[layer].kv)
+            cache.kv.copy_(like.kv_caches[layer].kv)
     if runner.stream is not None:
         runner.stream.wait_stream(torch.cuda.current_stream(runner.tp.device))
 

@@ -63,12 +63,19 @@ class RecurrentCache:
     state: torch.Tensor
     conv: torch.Tensor
 
+    def copy(self, source: int, target: int) -> None:
+        self.state[target] = self.state[source]
+        self.conv[target] = self.conv[source]
+
 
 @dataclass(frozen=True)
 class WindowCache:
     """Of one layer: keys, rotated, and values, [slots, 2, ring, head_dim]."""
 
     kv: torch.Tensor
+
+    def copy(self, source: int, target: int) -> None:
+        self.kv[target] = self.kv[source]
 
 
 SlotSpec = RecurrentSpec | WindowSpec

@@ -102,11 +102,14 @@ def make_plan(
     if memory_gib is not None:
         room = int(memory_gib * GIB * engine.gpu_memory_utilization) - plan.runtime.context
         left = max(0, room - plan.fixed)
-        fit = max(0, left // plan.block - 1) * engine.block_size  # one block is for padding
+        if plan.block:
+            fit = max(0, left // plan.block - 1) * engine.block_size  # one block is for padding
         memory = memory or left
         if plan.needed(engine) > room:
             advice = largest_that_fits(config, engine, tp_size, kind, room, vocabulary)
-    blocks = kv_blocks([memory // plan.block], engine, length) if memory else 0
+    cached = plan.slots or None
+    if plan.block and memory:
+        cached = kv_blocks([memory // plan.block], engine, length) * plan.block or None
     runtime = asdict(plan.runtime)
     return {
         "model": settings.model.path,
@@ -128,7 +131,9 @@ def make_plan(
         "kv_bytes_per_token": sum(rank.kv_per_token for rank in ranks),
         "kv_bytes_per_block_per_rank": plan.block,
         "kv_bytes_per_full_sequence_per_rank": -(-length // engine.block_size) * plan.block,
-        "kv_cache_bytes_per_rank": blocks * plan.block if blocks else None,
+        "kv_cache_bytes_per_rank": cached,
+        "state_bytes_per_sequence_per_rank": plan.rank.state_per_slot,
+        "max_num_seqs": engine.max_num_seqs,
         "tokens_that_fit": fit,
         "fits_with": advice,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -140,12 +145,14 @@ def _table(result: dict[str, Any]) -> str:
 
     sizes = ", ".join(map(str, result["tp_sizes"]))
     sequence = f"KV per sequence of {result['max_model_len']}"
+    if state := result["state_bytes_per_sequence_per_rank"]:
+        sequence = "state per sequence"
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters in {result['dtype']}, "
         f"TP={result['tp']} (works at {sizes})",
         f"{'rank':>4} {'weights':>12} {'tables':>12} {'read':>12} {'KV per token':>14} {sequence:>30}",
     ]
-    full = _size(result["kv_bytes_per_full_sequence_per_rank"])
+    full = _size(state or result["kv_bytes_per_full_sequence_per_rank"])
     for rank in result["per_rank"]:
         shown = [_size(rank[name]) for name in ("weights", "tables", "read", "kv_per_token")]
         lines.append("{:>4} {:>12} {:>12} {:>12} {:>14} {:>30}".format(rank["rank"], *shown, full))
@@ -168,7 +175,12 @@ def _table(result: dict[str, Any]) -> str:
             f"room for {result['tokens_that_fit']:,} tokens of KV cache per rank, in {share:.0%} of "
             "the memory (engine.gpu_memory_utilization)"
         )
-    if result["kv_cache_bytes_per_rank"] is not None:
+    if state:
+        lines.append(
+            f"the state of {result['max_num_seqs']} sequences (engine.max_num_seqs) and of padding "
+            f"takes {_size(result['kv_cache_bytes_per_rank'])} per rank, at any length"
+        )
+    elif result["kv_cache_bytes_per_rank"] is not None:
         lines.append(
             f"with these settings the KV cache takes {_size(result['kv_cache_bytes_per_rank'])} per "
             f"rank, in blocks of {result['block_size']} tokens"

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from tprt.cache.block_manager import BlockManager
+from tprt.cache.snapshots import SnapshotPool
 from tprt.config import EngineConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
@@ -53,7 +54,12 @@ class LLMEngine:
         self.runner, self.tokenizer, self.config, self.tp = runner, tokenizer, config, tp
         self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+            self.blocks,
+            config.block_size,
+            runner.max_num_seqs,
+            config.max_num_batched_tokens,
+            SnapshotPool(range(runner.max_num_seqs + 1, runner.num_states)),
+            runner.is_paged,
         )
         self.control = ControlChannel(tp, record_file)
         self.num_records = self.num_arrivals = 0
@@ -86,6 +92,14 @@ class LLMEngine:
             self.scheduler.add(made[-1])
         self.num_arrivals += 1
         return made
+
+    @property
+    def capacity(self) -> str:
+        """For people: what sequences can take."""
+        if self.runner.is_paged:
+            return f"{self.blocks.capacity} KV blocks of {self.config.block_size} tokens"
+        snapshots = self.scheduler.snapshots.capacity
+        return f"state of {self.runner.max_num_seqs} sequences, {snapshots} snapshots"
 
     @property
     def idle(self) -> bool:

@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from tprt.cache.kv_cache import PagedKVSpec
 from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import TPGroup
@@ -34,7 +35,8 @@ class RankPlan:
         weights: parameters as held in memory, vocabulary padding included.
         tables: rotary tables, float32, and ids of the vocabulary's rows, int64.
         read: what the rank needs from the checkpoint, in the dtype of the plan.
-        kv_per_token: keys and values of one token over all layers.
+        kv_per_token: keys and values of one token over all layers that keep them.
+        state_per_slot: what layers keep per sequence, whatever its length.
     """
 
     rank: int
@@ -43,6 +45,7 @@ class RankPlan:
     tables: int
     read: int
     kv_per_token: int
+    state_per_slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def plan_rank(
 ) -> RankPlan:
     """Rank ``rank`` of ``size``; ``max_len`` positions in the rotary table, None for the model's own."""
     model = _on_paper(config, rank, size, dtype, max_len, vocabulary)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, specs = sum(p.numel() for p in model.parameters()), model.cache_spec()
     # One rotary table serves every layer; buffers() yields it once.
     tables = sum(b.numel() * b.element_size() for b in model.buffers())
     return RankPlan(
@@ -174,5 +177,8 @@ def plan_rank(
         weights=parameters * dtype.itemsize,
         tables=tables,
         read=sum(shard_spec(p).needed_bytes(dtype.itemsize) for p in model.parameters()),
-        kv_per_token=sum(spec.bytes_per_token(dtype) for spec in model.cache_spec()),
+        kv_per_token=sum(s.bytes_per_token(dtype) for s in specs if isinstance(s, PagedKVSpec)),
+        state_per_slot=sum(
+            s.bytes_per_slot(dtype) for s in specs if not isinstance(s, PagedKVSpec)
+        ),
     )

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from tprt.batch import ForwardBatch
-from tprt.cache.kv_cache import allocate_kv_cache
+from tprt.batch import ForwardBatch, PagedBatch, Segments
+from tprt.cache import allocate_caches
+from tprt.cache.kv_cache import KVCache, PagedKVSpec
 from tprt.distributed.communication import all_gather
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.digest import FIELDS, digest
@@ -37,7 +38,7 @@ from tprt.engine.step_result import StepResult
 from tprt.engine.transfer import download, upload
 from tprt.errors import PeerLost, StepTimeout
 from tprt.faults import fault_point
-from tprt.kernels import kernels_for
+from tprt.kernels import AttentionPlanner, kernels_for
 from tprt.log import get_logger
 from tprt.models import CausalLM
 
@@ -71,6 +72,7 @@ def _kind(record: StepRecord) -> str:
 class ModelRunner:
     """Args:
     num_blocks: KV blocks on this rank; must be the same on every rank.
+    num_states: rows of slot caches; those past the slots and the one of padding are for snapshots.
     max_num_seqs: slots.
     max_model_len: longest sequence.
     num_valid: ids from here on are padding of the vocabulary.
@@ -85,6 +87,7 @@ class ModelRunner:
         dtype: torch.dtype,
         *,
         num_blocks: int,
+        num_states: int = 0,
         block_size: int,
         max_num_seqs: int,
         max_model_len: int,
@@ -94,22 +97,30 @@ class ModelRunner:
     ) -> None:
         self.model, self.tp, self.block_size = model, tp, block_size
         self.step_timeout, device = step_timeout, tp.device
+        self.max_num_seqs, self.num_states = max_num_seqs, num_states
         specs = model.cache_spec()
-        (spec,) = set(specs)  # one kind of attention layer
+        paged = {spec for spec in specs if isinstance(spec, PagedKVSpec)}
+        self.is_paged = bool(paged)
         # A stream of our own: what is captured must not run on the default one, and nothing waits for
         # the caller's work. What was allocated so far was queued on the caller's.
         self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self.stream.wait_stream(torch.cuda.current_stream(device))
-        kernels = kernels_for(device)
-        self.attention = kernels.attention(block_size, spec.num_heads, spec.head_dim, dtype)
+        self.attention: AttentionPlanner | None = None
+        if paged:
+            (spec,) = paged  # one kind of attention layer
+            planner = kernels_for(device).attention
+            self.attention = planner(block_size, spec.num_heads, spec.head_dim, dtype)
         self.vocab_size = model.config.vocab_size
         self.sampler = Sampler(tp, model.vocabulary, num_valid)
-        self.max_model_len, longest = max_model_len, -(-max_model_len // block_size)
+        self.max_model_len = max_model_len
+        longest = -(-max_model_len // block_size) if paged else 1
         self.num_digests = tp.size * len(FIELDS) if tp.size > 1 else 0
         with self._on_device():
-            self.caches = allocate_kv_cache(specs, num_blocks, block_size, dtype, device)
+            self.caches = allocate_caches(specs, num_blocks, block_size, num_states, dtype, device)
+            self.kv_caches = [cache for cache in self.caches if isinstance(cache, KVCache)]
+            self.slot_caches = [cache for cache in self.caches if not isinstance(cache, KVCache)]
             # One slot more than sequences: padding rows write there.
             columns = self.sampler.part * tp.size
             self.state = SlotState(max_num_seqs + 1, longest, columns, model.vocabulary, device)
@@ -216,11 +227,14 @@ class ModelRunner:
             return self._launch(record, checksum)
 
     def _apply(self, record: StepRecord) -> None:
-        for cache in self.caches if len(record.clears) else ():
+        for cache in self.kv_caches if len(record.clears) else ():
             cache.kv.index_fill_(0, upload(record.clears, self.tp.device), 0)
         for source, target in record.copies.tolist():
-            for cache in self.caches:
+            for cache in self.kv_caches:
                 cache.kv[target] = cache.kv[source]
+        for source, target in record.states.tolist():
+            for kept in self.slot_caches:
+                kept.copy(source, target)
         for options in SlotOptions.decode_all(record.options):
             self.state.begin(options)
         if len(record.blocks):
@@ -247,24 +261,22 @@ class ModelRunner:
 
         On a GPU this runs at start alone, inside captures: it must not look at any value.
         """
-        buffers, state, size = self.buffers, self.state, self.block_size
+        buffers, state = self.buffers, self.state
         slots, positions, tokens = buffers.rows(bucket).unbind(0)
         input_ids = torch.where(tokens < 0, state.last_tokens[slots].clamp(min=0), tokens)
         tables = state.block_tables[slots]
-        blocks = tables.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
-        keys = blocks * (2 * size) + positions % size
         mine = self.no_digest
         if self.tp.size > 1:
             mine = digest(buffers.checksum, [input_ids, positions, tables])
         batch = ForwardBatch(
             input_ids=input_ids,
             positions=positions,
-            slot_mapping=torch.stack([keys, keys + size]),
-            block_tables=tables,
-            slots=slots,
             query_lens=(1,) * bucket,
             logits_rows=None,
-            attention=self.attention.plan_decode(tables, positions + 1),
+            paged=self._paged_decode(tables, positions),
+            segments=Segments(
+                slots=slots, positions=positions, query_lens=(1,) * bucket, starts=None
+            ),
         )
         hidden = self.model(batch, self.caches)
         rows = DrawRows(
@@ -286,13 +298,24 @@ class ModelRunner:
         buffers.tokens[:bucket].copy_(drawn)
         buffers.digests.copy_(digests.flatten())
 
+    def _paged_decode(self, tables: torch.Tensor, positions: torch.Tensor) -> PagedBatch | None:
+        if self.attention is None:
+            return None
+        size = self.block_size
+        blocks = tables.gather(1, (positions // size).unsqueeze(1)).squeeze(1)
+        keys = blocks * (2 * size) + positions % size
+        plan = self.attention.plan_decode(tables, positions + 1)
+        return PagedBatch(
+            slot_mapping=torch.stack([keys, keys + size]), block_tables=tables, attention=plan
+        )
+
     # ------------------------------------------------------------ any other step
 
     def _launch(self, record: StepRecord, checksum: int) -> StepResult:
         batch, draws = self._prepare(record)
         mine = self.no_digest
         if self.tp.size > 1:
-            tables = self.state.block_tables[batch.slots]
+            tables = self.state.block_tables[batch.segments.slots]
             crc = upload(np.array([checksum]), self.tp.device)
             mine = digest(crc, [batch.input_ids, batch.positions, tables])
         hidden = self.model(batch, self.caches)
@@ -350,21 +373,29 @@ class ModelRunner:
             # A token that is still on the device: what its slot drew last. A broken row drew none.
             drawn = self.state.last_tokens[flat_slots].clamp(min=0)
             input_ids = torch.where(tokens < 0, drawn, tokens)
-        blocks = self.state.block_tables[flat_slots, flat_positions // size]
-        keys = blocks * (2 * size) + flat_positions % size
-        longest = -(-int((starts + counts).max()) // size)
-        tables = self.state.block_tables[slot_index, :longest]
         query_lens, context_lens = tuple(counts.tolist()), tuple(starts.tolist())
+        paged = None
+        if self.attention is not None:
+            blocks = self.state.block_tables[flat_slots, flat_positions // size]
+            keys = blocks * (2 * size) + flat_positions % size
+            longest = -(-int((starts + counts).max()) // size)
+            tables = self.state.block_tables[slot_index, :longest]
+            plan = self.attention.plan(tables, query_lens, context_lens)
+            mapping = torch.stack([keys, keys + size])
+            paged = PagedBatch(slot_mapping=mapping, block_tables=tables, attention=plan)
         batch = ForwardBatch(
             input_ids=input_ids,
             positions=flat_positions,
-            slot_mapping=torch.stack([keys, keys + size]),
-            block_tables=tables,
-            slots=slot_index,
             query_lens=query_lens,
             # In order: every token is wanted.
             logits_rows=rows if len(wanted) < total or scored.any() else None,
-            attention=self.attention.plan(tables, query_lens, context_lens),
+            paged=paged,
+            segments=Segments(
+                slots=slot_index,
+                positions=flat_positions,
+                query_lens=query_lens,
+                starts=context_lens,
+            ),
         )
         draws = DrawRows(
             slots=draw_slots,

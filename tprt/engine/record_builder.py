@@ -65,6 +65,7 @@ def build_record(plan: StepPlan, number: int, eod_id: int, look_ahead: int) -> S
         blocks=_table(((*at, b) for at, b in {(s, i): b for s, i, b in plan.blocks}.items()), 3),
         copies=_table(plan.copies, 2),
         clears=np.array(plan.clears, dtype=np.int64),
+        states=_table(plan.states, 2),
         options=np.concatenate(options) if options else np.empty(0, dtype=np.int64),
         bans=_table(bans, 2),
         targets=np.array(targets, dtype=np.int64),

@@ -59,6 +59,7 @@ def replay(engine: LLMEngine, records: Iterable[StepRecord], num_valid: int) -> 
     """
     assert engine.idle, "records of another run would overwrite its blocks"
     engine.blocks.forget(range(engine.blocks.num_blocks))
+    engine.scheduler.snapshots.clear()
     calls: list[ReplayedCall] = []
     owners: dict[int, tuple[int, int]] = {}
     for record in records:
@@ -123,6 +124,7 @@ def _check_step(engine: LLMEngine, record: StepRecord, num_valid: int) -> None:
         ("block", record.blocks[:, 2], 0, blocks),
         ("block", record.copies, 0, blocks),
         ("block", record.clears, 0, blocks),
+        ("row of state", record.states, 0, engine.runner.num_states),
         ("row of a ban", record.bans[:, 0], 0, draws),
         ("token id", record.bans[:, 1], 0, num_valid),
         ("token id", record.targets, -1, num_valid),

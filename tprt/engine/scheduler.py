@@ -14,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tprt.cache.block_manager import BlockManager, extend_block_keys
+from tprt.cache.snapshots import SnapshotPool
 from tprt.engine.sequence import Sequence
+
+SNAPSHOT_TOKENS = 1024  # of a prompt, between two states that are kept
 
 
 @dataclass(slots=True)
@@ -32,7 +35,7 @@ class StepPlan:
     """Args:
     begun: sequences that took a slot in this step.
     blocks: (slot, index in its block table, block) that are new in this step.
-    copies, clears: as in ``StepRecord``.
+    copies, clears, states: as in ``StepRecord``.
     """
 
     number: int
@@ -41,11 +44,14 @@ class StepPlan:
     blocks: list[tuple[int, int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     clears: list[int] = field(default_factory=list)
+    states: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Scheduler:
     """Args:
     max_num_seqs: sequences in one step; ``max_num_batched_tokens``: tokens in one step.
+    snapshots: rows for the state of models that keep some per slot; without rows nothing is kept.
+    is_paged: whether the model has layers that keep something per token, in blocks.
     """
 
     def __init__(
@@ -54,8 +60,11 @@ class Scheduler:
         block_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        snapshots: SnapshotPool | None = None,
+        is_paged: bool = True,
     ) -> None:
         self.blocks, self.block_size = blocks, block_size
+        self.snapshots, self.is_paged = snapshots or SnapshotPool(range(0)), is_paged
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []  # both by arrival
@@ -65,6 +74,7 @@ class Scheduler:
         self._leaving: list[Sequence] = []
         self._filled: list[Sequence] = []  # their full blocks can be found from the next step on
         self._clears: list[int] = []
+        self._reached: list[tuple[Sequence, int]] = []  # positions whose state is to be kept
 
     @property
     def idle(self) -> bool:
@@ -78,6 +88,7 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step; without rows when every sequence waits for a step in flight to retire."""
         self._register_filled()
+        reached, self._reached = self._reached, []
         plan = StepPlan(self.num_steps)
         budget = self.max_num_batched_tokens
         decodes = sum(_wanted(seq) == 1 for seq in self.running)
@@ -87,7 +98,7 @@ class Scheduler:
                 continue  # preempted for an older one in this very loop
             wanted = _wanted(seq)
             decodes -= wanted == 1
-            count = min(wanted, budget - decodes)
+            count = self._up_to_snapshot(seq, min(wanted, budget - decodes))
             if count > 0 and self._grow(seq, count, plan):
                 budget -= count
                 self._plan_row(seq, count, plan)
@@ -95,7 +106,10 @@ class Scheduler:
             self._admit(budget, plan)
         if plan.rows:
             plan.clears, self._clears = self._clears, []
+            plan.states[:0] = self._keep_states(reached)
             self.num_steps += 1
+        else:
+            self._reached = reached
         return plan
 
     def _admit(self, budget: int, plan: StepPlan) -> None:
@@ -106,14 +120,9 @@ class Scheduler:
             if leader is not None and leader.slot >= 0 and not self._prompt_is_cached(leader):
                 at += 1  # its prompt is being computed by the first completion of its request
                 continue
-            held, computed = self._known_beginning(seq)
-            # A running sequence may want a block at its next token; without room for that the
-            # newcomer would be the first to go again.
-            spare = len(self.running)
-            need = self._blocks_for(seq.num_tokens) - len(held) + 1
-            if need + spare > self.blocks.num_free - self.blocks.num_unreferenced(held):
-                if self.running or self._leaving or plan.rows:
-                    return
+            held, computed, row = self._known_beginning(seq)
+            if not self._has_room(seq, held) and (self.running or self._leaving or plan.rows):
+                return
             self.blocks.share(held)
             del self.waiting[at]
             seq.slot, seq.block_table, seq.num_computed = self._slots.pop(), list(held), computed
@@ -122,11 +131,21 @@ class Scheduler:
             insort(self.running, seq, key=_arrival)
             plan.begun.append(seq)
             plan.blocks += [(seq.slot, i, block) for i, block in enumerate(held)]
-            count = min(seq.num_tokens - computed, budget)
+            if row is not None:
+                plan.states.append((row, seq.slot))
+            count = self._up_to_snapshot(seq, min(seq.num_tokens - computed, budget))
             grown = self._grow(seq, count, plan)
             assert grown, "blocks were counted before admission"
             budget -= count
             self._plan_row(seq, count, plan)
+
+    def _has_room(self, seq: Sequence, held: list[int]) -> bool:
+        """Blocks for all its tokens, and one for each running sequence: any may want one at its next
+        token, and without room for that the newcomer would be the first to go again."""
+        if not self.is_paged:
+            return True
+        need = self._blocks_for(seq.num_tokens) - len(held) + 1 + len(self.running)
+        return need <= self.blocks.num_free - self.blocks.num_unreferenced(held)
 
     def _prompt_is_cached(self, leader: Sequence) -> bool:
         """Whether a step before this one computed all of the prompt."""
@@ -136,19 +155,65 @@ class Scheduler:
             and leader.prompt_step < self.num_steps
         )
 
-    def _known_beginning(self, seq: Sequence) -> tuple[list[int], int]:
-        """Blocks that hold the first tokens of ``seq`` already, and how many tokens.
+    def _known_beginning(self, seq: Sequence) -> tuple[list[int], int, int | None]:
+        """Blocks or a row of state that hold the first tokens of ``seq`` already, and how many tokens.
 
         At least the last token stays to be computed: its logits are wanted.
         """
         leader, prompt = seq.leader, seq.num_prompt_tokens
+        if not self.is_paged:
+            return self._known_state(seq)
         if leader is not None and leader.slot >= 0 and seq.num_tokens == prompt:
-            return leader.block_table[: self._blocks_for(prompt - 1)], prompt - 1
+            return leader.block_table[: self._blocks_for(prompt - 1)], prompt - 1, None
         if not self.blocks.prefix_caching or seq.skips_prefix_cache:
-            return [], 0
+            return [], 0, None
         extend_block_keys(seq.block_keys, seq.ids, self.block_size)
         held = self.blocks.match(seq.block_keys[: (seq.num_tokens - 1) // self.block_size])
-        return held, len(held) * self.block_size
+        return held, len(held) * self.block_size, None
+
+    # ------------------------------------------------------------ state of models that keep it per slot
+
+    def _known_state(self, seq: Sequence) -> tuple[list[int], int, int | None]:
+        """Completions of one request share the state of their prompt whatever is set of prefixes."""
+        if seq.skips_prefix_cache or not (self.blocks.prefix_caching or seq.leader is not None):
+            return [], 0, None
+        extend_block_keys(seq.block_keys, seq.ids, self.block_size)
+        found = self.snapshots.find(seq.block_keys[: (seq.num_tokens - 1) // self.block_size])
+        if found is None:
+            return [], 0, None
+        index, row = found
+        return [], (index + 1) * self.block_size, row
+
+    def _next_kept(self, seq: Sequence, position: int) -> int:
+        """The first position from ``position`` on whose state is to be kept; 0 where none is.
+
+        Kept are every SNAPSHOT_TOKENS of a prompt, and its last full block.
+        """
+        wanted = self.blocks.prefix_caching or seq.request.params.n > 1
+        last = (seq.num_prompt_tokens - 1) // self.block_size * self.block_size
+        if not (wanted and self.snapshots.capacity and 0 < position <= last):
+            return 0
+        every = -(-SNAPSHOT_TOKENS // self.block_size) * self.block_size
+        return min(-(-position // every) * every, last)
+
+    def _up_to_snapshot(self, seq: Sequence, count: int) -> int:
+        """The next ``count`` tokens, or as many as end where a state is to be kept."""
+        kept = self._next_kept(seq, seq.num_computed + 1)
+        return min(count, kept - seq.num_computed) if kept else count
+
+    def _keep_states(self, reached: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
+        """(slot, row) of states that the last step reached, before this one moves them on."""
+        copies = []
+        for seq, position in reached:
+            if seq.slot < 0 or seq.finish_reason == "error":
+                continue
+            extend_block_keys(seq.block_keys, seq.ids, self.block_size)
+            row = self.snapshots.take(seq.block_keys[position // self.block_size - 1])
+            if row is not None:
+                copies.append((seq.slot, row))
+        return copies
+
+    # ------------------------------------------------------------ blocks
 
     def _grow(self, seq: Sequence, count: int, plan: StepPlan) -> bool:
         """Give ``seq`` blocks of its own for its next ``count`` tokens; False when it has to wait."""
@@ -185,8 +250,10 @@ class Scheduler:
         draws = seq.num_computed == seq.num_tokens and seq.max_tokens > 0
         seq.num_pending += draws
         plan.rows.append(Row(seq, start, count, draws))
-        if seq.num_computed // self.block_size > seq.num_registered:
+        if self.is_paged and seq.num_computed // self.block_size > seq.num_registered:
             self._filled.append(seq)
+        if self._next_kept(seq, seq.num_computed) == seq.num_computed > 0:
+            self._reached.append((seq, seq.num_computed))
 
     def _register_filled(self) -> None:
         if not self.blocks.prefix_caching:
@@ -257,6 +324,8 @@ class Scheduler:
     def abandon(self, plans: list[StepPlan]) -> None:
         """``plans`` may not have been computed, or in part: trust no block that a sequence holds."""
         self._filled.clear()
+        self._reached.clear()
+        self.snapshots.clear()
         for seq in [*self.running, *self._leaving]:
             self.blocks.forget(seq.block_table)
         for plan in plans:
@@ -273,11 +342,14 @@ class Scheduler:
             table = list(seq.block_table)
             if seq.finish_reason == "error":
                 self.blocks.forget(table)
+                self.snapshots.forget(seq.block_keys)
             self._vacate(seq)
             if seq.finish_reason == "error":
                 self._clears += [b for b in table if self.blocks.references(b) == 0]
 
     def _blocks_for(self, num_tokens: int) -> int:
+        if not self.is_paged:
+            return 0
         return -(-num_tokens // self.block_size)
 
 

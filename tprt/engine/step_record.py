@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 MAGIC = 0x7470_7274_7265_6331  # "tprtrec1"
-VERSION = 1
+VERSION = 2
 HEADER_WORDS = 64
 FIRST_LENGTH = 16
 MAX_PAYLOAD_WORDS = 2**27
@@ -79,6 +79,7 @@ class StepRecord:
         blocks: [K, 3] slot, index in the slot's block table, block; applied before the step.
         copies: [C, 2] block to copy from, block to copy to; applied in order, before the step.
         clears: [D] blocks to fill with zeros, before the copies.
+        states: [E, 2] row of slot caches to copy from, row to copy to; in order, before the step.
         options: packed ``SlotOptions`` of slots that begin a sequence.
         bans: [N, 2] index among the rows that draw, id that it may not draw in this step.
         targets: ids whose log-probabilities PROMPT_LOGPROBS rows want, one per token; -1 none.
@@ -97,6 +98,7 @@ class StepRecord:
     blocks: Ints = field(default_factory=lambda: _empty(3))
     copies: Ints = field(default_factory=lambda: _empty(2))
     clears: Ints = field(default_factory=_empty)
+    states: Ints = field(default_factory=lambda: _empty(2))
     options: Ints = field(default_factory=_empty)
     bans: Ints = field(default_factory=lambda: _empty(2))
     targets: Ints = field(default_factory=_empty)
@@ -121,8 +123,8 @@ class StepRecord:
         """int64 [HEADER_WORDS + payload]."""
         text = self.text + bytes(-len(self.text) % 8)
         sections = [
-            self.rows, self.tokens, self.blocks, self.copies, self.clears, self.options, self.bans,
-            self.targets,
+            self.rows, self.tokens, self.blocks, self.copies, self.clears, self.states, self.options,
+            self.bans, self.targets,
         ]  # fmt: skip
         sections.append(np.frombuffer(text, dtype=np.int64))
         payload = sum(s.size for s in sections)
@@ -197,7 +199,7 @@ class StepRecord:
 
 
 _SECTIONS = {
-    "rows": 4, "tokens": 1, "blocks": 3, "copies": 2, "clears": 1, "options": 1, "bans": 2,
+    "rows": 4, "tokens": 1, "blocks": 3, "copies": 2, "clears": 1, "states": 2, "options": 1, "bans": 2,
     "targets": 1, "text": 1,
 }  # fmt: skip
 

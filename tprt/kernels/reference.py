@@ -41,8 +41,7 @@ class ReferenceKernels:
 
     def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         if norm.bias is None:
-            normed = torch.rms_norm(x.float(), (x.shape[-1],), None, norm.eps)
-            return (normed * (1 + norm.weight.float())).to(x.dtype)
+            return rms_norm(x, norm)
         return torch.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, norm.eps)
 
     def add_layer_norm(
@@ -208,6 +207,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     other_half = turning.roll(rotary_dim // 2, -1)
     turning.mul_(cos).addcmul_(other_half, sin)
     return turned.to(x.dtype)
+
+
+def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """In float32 up to the result: 1 + weight would lose bits in a narrower dtype."""
+    normed = torch.rms_norm(x.float(), (x.shape[-1],), None, norm.eps)
+    return (normed * (1 + norm.weight.float())).to(x.dtype)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,8 @@ class _WarmUp:
             kernels.pack_sparse(self.matrix(ffn, hidden)),
             self.matrix(hidden, heads),
         )
-        self.norm = Norm(self.zeros(hidden), self.zeros(hidden), 1e-5)
+        self.bias = self.zeros(hidden)
+        self.norm = Norm(self.zeros(hidden), self.bias, 1e-5)
         blocks = -(-max(CHUNKS) // sizes.block_size)
         shape = (blocks, 2, sizes.block_size, sizes.num_heads, sizes.head_dim)
         self.cache = self.zeros(*shape)
@@ -95,7 +96,7 @@ class _WarmUp:
         context = kernels.attend(
             shaped, norms, angles, angles, self.cache, slots, plan, 1.0
         ).flatten(1)
-        rest = norm.bias, x, norm
+        rest = self.bias, x, norm
         kernels.linear_add_layer_norm(context, self.out, *rest)
         kernels.add_layer_norm(kernels.linear(context, self.out), *rest)
         kernels.normed(kernels.sparse_linear_add_layer_norm(neurons, self.down, *rest)[1])

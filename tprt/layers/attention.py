@@ -63,8 +63,9 @@ class Attention(nn.Module):
         self, qkv: torch.Tensor, angles: Angles, batch: ForwardBatch, cache: KVCache
     ) -> torch.Tensor:
         """[T, local heads, 3, head_dim] -> [T, local heads * head_dim]; keys and values are cached."""
-        norms = self.stacked or self._stack()
+        norms, paged = self.stacked or self._stack(), batch.paged
+        assert paged is not None
         context = self.kernels.attend(
-            qkv, norms, *angles, cache.kv, batch.slot_mapping, batch.attention, self.scale
+            qkv, norms, *angles, cache.kv, paged.slot_mapping, paged.attention, self.scale
         )
         return context.flatten(1)

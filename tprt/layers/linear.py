@@ -128,8 +128,8 @@ class MergedColumnParallelLinear(ParallelLinear):
 
     def _merge(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         biases = [shard.bias for shard in self.shards if shard.bias is not None]
-        weight = torch.cat([shard.weight for shard in self.shards])
-        return weight, torch.cat(biases) if biases else None
+        weight = torch.cat(tuple(shard.weight for shard in self.shards))
+        return weight, torch.cat(tuple(biases)) if biases else None
 
     def forward(self, x: Activations) -> torch.Tensor:
         """[T, in_features] -> [T, all output features of this rank], half of them where gated."""
@@ -196,6 +196,7 @@ class RowParallelLinear(ParallelLinear):
             partial = kernels.sparse_linear(x, sparse)
         else:
             partial = kernels.linear(x, self.weight)
-        if (fused := one_shot_for(partial, self.tp)) is not None:
+        fused = one_shot_for(partial, self.tp) if norm.bias is not None else None
+        if fused is not None:
             return fused.all_reduce_add_layer_norm(partial, bias, residual, norm)
         return kernels.add_layer_norm(all_reduce(partial, self.tp), bias, residual, norm)

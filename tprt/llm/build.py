@@ -13,7 +13,7 @@ from tprt.distributed.tp_group import TPGroup
 from tprt.engine.model_runner import ModelRunner
 from tprt.kernels import kernels_for, use_kernels
 from tprt.kernels.warm_up import compile_kernels
-from tprt.llm.memory import MemoryPlan, agree_on_blocks, compare_with_plan
+from tprt.llm.memory import MemoryPlan, agree_on_cache, compare_with_plan
 from tprt.llm.startup import together
 from tprt.models import CausalLM, get_model_class
 
@@ -22,12 +22,14 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 def kernels_to_compile(
     config: ModelConfig, tp: TPGroup, engine: EngineConfig
-) -> Callable[[], None]:
-    """What compiles the kernels of this rank, on the current stream."""
+) -> Callable[[], None] | None:
+    """What compiles the kernels of this rank, on the current stream; None where nothing is to be."""
     on_paper = TPGroup(tp.rank, tp.size, torch.device("meta"))
     dtype = getattr(torch, engine.dtype)
     model = get_model_class(config.model_type)(config, on_paper, dtype)
     sizes = model.kernel_sizes(engine.block_size)
+    if sizes is None:
+        return None
 
     def compile_them() -> None:
         with use_kernels(*engine.kernel_choice):
@@ -55,7 +57,7 @@ def build_runner(
     Raises:
         OutOfMemoryPlan: no room for a KV cache, or less memory than planned; on every rank.
     """
-    num_blocks = agree_on_blocks(tp, engine, plan, max_model_len)
+    num_blocks, num_states = agree_on_cache(tp, engine, plan, max_model_len)
 
     def make() -> ModelRunner:
         with use_kernels(*engine.kernel_choice), phase("init"):
@@ -64,6 +66,7 @@ def build_runner(
                 tp,
                 getattr(torch, engine.dtype),
                 num_blocks=num_blocks,
+                num_states=num_states,
                 block_size=engine.block_size,
                 max_num_seqs=engine.max_num_seqs,
                 max_model_len=max_model_len,
@@ -90,5 +93,6 @@ def build_runner(
                 runner.warm_up(engine.max_num_batched_tokens)
 
     together(tp, prepare)
-    compare_with_plan(tp, plan, num_blocks)
+    cache = num_blocks * plan.block + num_states * plan.rank.state_per_slot
+    compare_with_plan(tp, plan, cache)
     return runner, num_blocks

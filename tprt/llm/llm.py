@@ -158,7 +158,7 @@ class LLM:
             logger.warning("%s", warning)
         logger.info(
             "%s checkpoint (TP=%d on disk) on %d x %s in %s, %s; %.1f MB read by rank 0; "
-            "%d KV blocks of %d tokens; %s kernels, %s; ready in %.1f s",
+            "%s; %s kernels, %s; ready in %.1f s",
             reader.layout,
             reader.disk_tp,
             self.tp.size,
@@ -166,8 +166,7 @@ class LLM:
             self.engine_config.dtype,
             self.config.in_words,
             reader.bytes_read / 1e6,
-            self._engine.blocks.capacity,
-            self.engine_config.block_size,
+            self._engine.capacity,
             *self._engine.runner.bodies,
             time.perf_counter() - began,
         )
@@ -266,11 +265,13 @@ class LLM:
         self._running: LLMEngine | None = LLMEngine(
             runner, self.tokenizer, self.engine_config, num_blocks, self.tp, self._record_file
         )
-        cached = self._running.blocks.capacity * block_size
+        longest = self.max_model_len
+        if runner.is_paged:
+            longest = min(longest, self._running.blocks.capacity * block_size)
         self._inputs = InputProcessor(
             self.tokenizer,
             self.num_valid_ids,
-            min(self.max_model_len, cached),
+            longest,
             self.engine_config.seed,
             self.vocabulary,
         )

@@ -22,7 +22,8 @@ from tprt.log import get_logger
 logger = get_logger(__name__)
 
 GIB, MIB = 2**30, 2**20
-CPU_KV_CACHE_MEMORY = 1 * GIB
+CPU_KV_CACHE_MEMORY, CPU_SNAPSHOT_MEMORY = 1 * GIB, 256 * MIB
+SNAPSHOTS_PER_SEQUENCE = 2  # more would hardly be found again before they give way
 # With fewer tokens in a step prompts crawl: then something else has to give way.
 LEAST_TOKENS = 256
 # What is measured at start and what was planned may differ by this much, KV cache aside.
@@ -35,7 +36,8 @@ class MemoryPlan:
 
     Args:
         rank: of any rank.
-        block: one KV block over all layers.
+        block: one KV block over all layers; 0 for a model without any.
+        slots: state of as many sequences as run together, and of padding rows.
         room: what this rank may take beside the driver's context; None where that is not known.
         used: of the device before anything was loaded, by anybody; None on a CPU.
     """
@@ -43,17 +45,23 @@ class MemoryPlan:
     rank: RankPlan
     runtime: RuntimePlan
     block: int
+    slots: int = 0
     room: int | None = None
     used: int | None = None
 
     @property
     def fixed(self) -> int:
-        """All but the KV cache and the context."""
-        return self.rank.weights + self.rank.tables + self.runtime.added
+        """All but the context, KV blocks and snapshots of state."""
+        return self.rank.weights + self.rank.tables + self.runtime.added + self.slots
 
     def needed(self, engine: EngineConfig) -> int:
         """With the KV cache that was asked for, else with the smallest that serves anything."""
-        return self.fixed + max(engine.kv_cache_memory or 0, 2 * self.block)
+        return self.fixed + max((engine.kv_cache_memory or 0) - self.slots, 2 * self.block)
+
+    @property
+    def unit(self) -> int:
+        """What is allocated beyond ``fixed``, as much as memory allows: a block, or a snapshot."""
+        return self.block or self.rank.state_per_slot
 
 
 def plan_memory(
@@ -69,7 +77,8 @@ def plan_memory(
     # Cuts are padded: all ranks are alike.
     rank = plan_rank(config, 0, tp_size, dtype, length, vocabulary)
     runtime = plan_runtime(config, tp_size, engine, device_type, vocabulary)
-    return MemoryPlan(rank, runtime, rank.kv_per_token * engine.block_size)
+    slots = rank.state_per_slot * (engine.max_num_seqs + 1)
+    return MemoryPlan(rank, runtime, rank.kv_per_token * engine.block_size, slots)
 
 
 def check_memory(
@@ -135,7 +144,7 @@ def _too_little(
     parts = {
         "weights": plan.rank.weights + plan.rank.tables,
         "steps and their state": plan.runtime.added,
-        "KV cache": plan.needed(engine) - plan.fixed,
+        "KV cache": plan.needed(engine) - plan.fixed + plan.slots,
     }
     shown = ", ".join(f"{name} {in_gib(count)}" for name, count in parts.items())
     return OutOfMemoryPlan(
@@ -162,8 +171,8 @@ def largest_that_fits(
 
     plan = plan_memory(config, engine, tp_size, device_type, vocabulary)
     if engine.kv_cache_memory is not None and fits(kv_cache_memory=None):
-        blocks = (room - plan.fixed) // plan.block
-        return f"engine.kv_cache_memory={blocks * plan.block} or less"
+        units = (room - plan.fixed) // plan.unit
+        return f"engine.kv_cache_memory={plan.slots + units * plan.unit} or less"
     for name, least in (("max_num_batched_tokens", LEAST_TOKENS), ("max_num_seqs", 1)):
         for value in _halves(getattr(engine, name), least):
             if fits(**{name: value}):
@@ -197,16 +206,32 @@ def _most(value: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def agree_on_blocks(tp: TPGroup, engine: EngineConfig, plan: MemoryPlan, max_model_len: int) -> int:
-    """KV blocks every rank can hold: the minimum over ranks, at most what requests can use."""
-    memory = engine.kv_cache_memory or CPU_KV_CACHE_MEMORY
-    if engine.kv_cache_memory is None and tp.device.type == "cuda":
+def agree_on_cache(
+    tp: TPGroup, engine: EngineConfig, plan: MemoryPlan, max_model_len: int
+) -> tuple[int, int]:
+    """KV blocks, and rows of state with those for snapshots, that every rank can hold. Collective.
+
+    The minimum over ranks, at most what requests can use.
+
+    Raises:
+        OutOfMemoryPlan: no block, or not the state of ``max_num_seqs`` sequences; on every rank.
+    """
+    if engine.kv_cache_memory is not None:
+        memory = engine.kv_cache_memory - plan.slots
+    elif tp.device.type == "cuda":
         assert plan.room is not None
         memory = plan.room - plan.fixed
-    offers = [int(n) for n in gather_json(memory // plan.block, tp)]
+    else:
+        memory = CPU_KV_CACHE_MEMORY if plan.block else CPU_SNAPSHOT_MEMORY
+    if memory < 0:
+        raise _too_little_for_slots(engine, plan)
+    offers = [int(n) for n in gather_json(memory // plan.unit, tp)]
     warning = uneven_offers(offers)
     if warning and tp.rank == 0:
         logger.warning("%s", warning)
+    states = engine.max_num_seqs + 1 if plan.slots else 0
+    if not plan.block:
+        return 1, states + min([*offers, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs])
     blocks = kv_blocks(offers, engine, max_model_len)
     if not blocks:
         raise OutOfMemoryPlan(
@@ -214,7 +239,19 @@ def agree_on_blocks(tp: TPGroup, engine: EngineConfig, plan: MemoryPlan, max_mod
             f"padding, {plan.block} bytes each",
             hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
         )
-    return blocks
+    return blocks, states
+
+
+def _too_little_for_slots(engine: EngineConfig, plan: MemoryPlan) -> OutOfMemoryPlan:
+    each, asked = plan.rank.state_per_slot, engine.kv_cache_memory
+    assert asked is not None
+    most = asked // each - 1
+    hint = f"engine.max_num_seqs={most}, or " if most > 0 else ""
+    return OutOfMemoryPlan(
+        f"kv_cache_memory of {asked} bytes does not hold the state of {engine.max_num_seqs} sequences "
+        f"and of padding, {each} bytes each",
+        hint=f"{hint}engine.kv_cache_memory={plan.slots}",
+    )
 
 
 def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> int:
@@ -238,12 +275,16 @@ def uneven_offers(offers: list[int]) -> str:
     )
 
 
-def compare_with_plan(tp: TPGroup, plan: MemoryPlan, num_blocks: int) -> None:
-    """Log what the device now holds beside what was planned; rank 0 speaks for all. Collective."""
-    measured = None
+def compare_with_plan(tp: TPGroup, plan: MemoryPlan, cache: int) -> None:
+    """Log what the device now holds beside what was planned; rank 0 speaks for all. Collective.
+
+    Args:
+        cache: bytes of KV blocks, slots and snapshots.
+    """
+    measured, planned = None, plan.fixed - plan.slots
     if plan.used is not None:
         free, total = torch.cuda.mem_get_info(tp.device)
-        measured = total - free - plan.used - num_blocks * plan.block
+        measured = total - free - plan.used - cache
     everyone = gather_json(measured, tp)
     if tp.rank != 0:
         return
@@ -252,17 +293,17 @@ def compare_with_plan(tp: TPGroup, plan: MemoryPlan, num_blocks: int) -> None:
         "memory per rank as planned: weights %s, steps and their state %s, KV cache %s",
         in_gib(weights),
         in_gib(plan.runtime.added),
-        in_gib(num_blocks * plan.block),
+        in_gib(cache),
     )
     for rank, found in enumerate(everyone):
         if found is None:
             continue
-        level = logger.warning if abs(found - plan.fixed) > TOLERANCE else logger.info
+        level = logger.warning if abs(found - planned) > TOLERANCE else logger.info
         level(
             "rank %d: measured without the KV cache %s, planned %s",
             rank,
             in_gib(found),
-            in_gib(plan.fixed),
+            in_gib(planned),
         )
 
 

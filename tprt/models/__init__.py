@@ -2,9 +2,10 @@
 
 from tprt.models.base import CausalLM
 from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models.recurrent_gemma import RecurrentGemmaForCausalLM
 
 MODEL_CLASSES: dict[str, type[CausalLM]] = {
-    cls.config_class.model_type: cls for cls in (PersimmonForCausalLM,)
+    cls.config_class.model_type: cls for cls in (PersimmonForCausalLM, RecurrentGemmaForCausalLM)
 }
 
 __all__ = ["MODEL_CLASSES", "CausalLM", "get_model_class"]

@@ -1,13 +1,13 @@
 """What the engine asks of a model, whichever architecture it is."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from tprt.batch import ForwardBatch
-from tprt.cache.kv_cache import KVCache, PagedKVSpec
+from tprt.cache import CacheSpec
 from tprt.config import ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
@@ -62,8 +62,12 @@ class CausalLM(nn.Module, ABC):
                 finish()
 
     @abstractmethod
-    def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
-        """Hidden states [R, hidden_size] after the last norm, the same on every rank."""
+    def forward(self, batch: ForwardBatch, caches: Any) -> torch.Tensor:
+        """Hidden states [R, hidden_size] after the last norm, the same on every rank.
+
+        Args:
+            caches: of ``allocate_caches``, one per layer.
+        """
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part], this rank's columns of ``vocabulary``."""
@@ -74,8 +78,8 @@ class CausalLM(nn.Module, ABC):
         return self.lm_head.argmax(hidden, noise, num_valid)
 
     @abstractmethod
-    def cache_spec(self) -> list[PagedKVSpec]:
-        """What each layer keeps per token."""
+    def cache_spec(self) -> list[CacheSpec]:
+        """What each layer keeps, per token or per sequence."""
 
     # ------------------------------------------------------------ for plans, on the device "meta" too
 
@@ -96,5 +100,5 @@ class CausalLM(nn.Module, ABC):
         """Of second layouts of weights that few rows read one way and many another."""
 
     @abstractmethod
-    def kernel_sizes(self, block_size: int) -> LayerSizes:
-        """What the operations of this rank's layers work on."""
+    def kernel_sizes(self, block_size: int) -> LayerSizes | None:
+        """What the operations of this rank's layers work on; None where nothing is compiled ahead."""

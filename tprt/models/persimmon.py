@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from tprt.batch import ForwardBatch
-from tprt.cache.kv_cache import KVCache, PagedKVSpec
+from tprt.cache import CacheSpec
+from tprt.cache.kv_cache import KVCache
 from tprt.config import PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
@@ -163,7 +164,7 @@ class PersimmonForCausalLM(CausalLM):
     def forward(self, batch: ForwardBatch, caches: list[KVCache]) -> torch.Tensor:
         return self.model(batch, caches)
 
-    def cache_spec(self) -> list[PagedKVSpec]:
+    def cache_spec(self) -> list[CacheSpec]:
         return [m.cache_spec() for m in self.modules() if isinstance(m, Attention)]
 
     # ------------------------------------------------------------ for plans

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tprt.batch import ForwardBatch
+from tprt.cache import CacheSpec
 from tprt.cache.slot_cache import RecurrentCache, SlotCache, SlotSpec, WindowCache
 from tprt.config import RecurrentGemmaConfig
 from tprt.distributed.tp_group import TPGroup
@@ -208,7 +209,7 @@ class RecurrentGemmaForCausalLM(CausalLM):
     def forward(self, batch: ForwardBatch, caches: list[SlotCache]) -> torch.Tensor:
         return self.model(batch, caches)
 
-    def cache_spec(self) -> list[SlotSpec]:
+    def cache_spec(self) -> list[CacheSpec]:
         layers = cast("list[RecurrentGemmaDecoderLayer]", self.model.layers)
         return [layer.temporal_block.cache_spec() for layer in layers]
 
@@ -230,5 +231,5 @@ class RecurrentGemmaForCausalLM(CausalLM):
     def copied_elements(self) -> int:
         return 0
 
-    def kernel_sizes(self, block_size: int) -> LayerSizes:
-        raise NotImplementedError
+    def kernel_sizes(self, block_size: int) -> LayerSizes | None:
+        return None

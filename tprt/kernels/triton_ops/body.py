@@ -1,8 +1,10 @@
 """``TritonKernels``: every operation of ``interface.Kernels``, from the kernels beside this file."""
 
 import torch
+import torch.nn.functional as F
 import triton
 
+from tprt.batch import Segments
 from tprt.errors import ConfigError
 from tprt.kernels.interface import (
     Activations,
@@ -14,9 +16,12 @@ from tprt.kernels.interface import (
     SparseWeight,
     Tensors,
 )
+from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_in_tiles
+from tprt.kernels.reference import rms_norm, rotate
 from tprt.kernels.triton_ops import head, linear, rotary, sparse_linear, tiles
 from tprt.kernels.triton_ops.attention import TritonAttention, TritonAttentionPlan
 from tprt.kernels.triton_ops.norm import add_layer_norm, layer_norm
+from tprt.kernels.window import window_attention
 
 
 class TritonKernels:
@@ -52,16 +57,19 @@ class TritonKernels:
         return weight
 
     def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return layer_norm(x, norm)
+        return rms_norm(x, norm) if norm.bias is None else layer_norm(x, norm)
 
     def add_layer_norm(
         self, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, norm: Norm
     ) -> Tensors:
         """``x`` may also be a stack of partial sums, float32 [P, T, width]."""
+        if norm.bias is None:
+            total = (residual + (x.sum(0) if x.dim() == 3 else x) + bias).to(residual.dtype)
+            return total, rms_norm(total, norm)
         return add_layer_norm(x, bias, residual, norm)
 
     def normed(self, x: Activations) -> torch.Tensor:
-        return layer_norm(*x) if isinstance(x, PendingNorm) else x
+        return self.layer_norm(*x) if isinstance(x, PendingNorm) else x
 
     def linear(
         self, x: Activations, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -73,6 +81,12 @@ class TritonKernels:
     ) -> torch.Tensor:
         return linear.linear_squared_relu(x, weight, bias, self.tiles)
 
+    def linear_gelu_gate(
+        self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * up
+
     def linear_add_layer_norm(
         self,
         x: torch.Tensor,
@@ -81,6 +95,9 @@ class TritonKernels:
         residual: torch.Tensor,
         norm: Norm,
     ) -> tuple[torch.Tensor, Activations]:
+        if norm.bias is None:
+            y = linear.linear_unrounded(x, weight, self.tiles)
+            return self.add_layer_norm(y, bias, residual, norm)
         if self.fused:
             total = linear.linear_add(x, weight, bias, residual, self.tiles)
             if total is not None:
@@ -146,8 +163,36 @@ class TritonKernels:
         q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
         return plan(q, kv_cache, scale)
 
-    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear.logits(x, weight, self.tiles)
+    def recurrence(
+        self,
+        xy: torch.Tensor,
+        weights: RecurrenceWeights,
+        state: torch.Tensor,
+        conv: torch.Tensor,
+        segments: Segments,
+    ) -> torch.Tensor:
+        return recurrence(xy, weights, state, conv, segments, scan_in_tiles)
+
+    def window_attend(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: torch.Tensor,
+        segments: Segments,
+        keys: int,
+        scale: float,
+    ) -> torch.Tensor:
+        rotated = rotate(qkv[:, :-1], cos, sin)
+        return window_attention(
+            rotated[:, :-1], rotated[:, -1], qkv[:, -1], kv, segments, keys, scale
+        )
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
+    ) -> torch.Tensor:
+        logits = linear.logits(x, weight, self.tiles)
+        return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
 
     def linear_argmax(
         self,
@@ -156,7 +201,10 @@ class TritonKernels:
         noise: Noise,
         ids: torch.Tensor,
         num_valid: int,
+        soft_cap: float | None = None,
     ) -> Tensors:
+        if soft_cap is not None:
+            return self.argmax(self.logits(x, weight, soft_cap), noise, ids, num_valid)
         return head.linear_argmax(x, weight, noise, ids, num_valid)
 
     def argmax(

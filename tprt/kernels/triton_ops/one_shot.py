@@ -116,6 +116,7 @@ class OneShot:
         total, out = (
             torch.empty_like(residual, memory_format=torch.contiguous_format) for _ in "12"
         )
+        assert norm.bias is not None, "an RMSNorm is computed after the sum"
         tensors = total, out, bias, residual, norm.weight, norm.bias
         self._reduce(partial, tensors, residual.stride(0), norm.eps, True, published)
         return total, out
