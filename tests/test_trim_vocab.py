@@ -223,9 +223,7 @@ def test_rows_past_the_tokenizer_stay_forbidden(size):
     vocabulary, hidden = Vocabulary(40, ((3, 12), (30, 30))), torch.randn(4, 12).abs()
     best = []
     for rank in range(size):
-        model = PersimmonForCausalLM(
-            config, TPGroup(rank, size), torch.float32, "fp32", 8, vocabulary
-        )
+        model = PersimmonForCausalLM(config, TPGroup(rank, size), torch.float32, 8, vocabulary)
         weight = torch.arange(40.0).unsqueeze(1).expand(40, 12)  # the higher the id, the better
         model.lm_head.weight.shard_spec.load(model.lm_head.weight, lambda s, w=weight: w[s])
         best.append(model.argmax(hidden, noise, 31))
