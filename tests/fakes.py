@@ -25,6 +25,7 @@ class ByteTokenizer:
     """Ids 0 to 255 are bytes, 256 ends a text."""
 
     eod_id = EOD
+    end_ids = frozenset({EOD})
     special_ids = frozenset([EOD])
     adds_dummy_prefix = removes_extra_whitespace = False
     bos_policy = "none"

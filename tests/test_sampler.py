@@ -54,7 +54,7 @@ def rows_of(sequences: list[Sequence], vocabulary: Vocabulary) -> tuple[SlotStat
     bans = [
         (row, token)
         for row, seq in enumerate(sequences)
-        for token in banned_ids(Row(seq, 0, seq.num_tokens, True), EOD)
+        for token in banned_ids(Row(seq, 0, seq.num_tokens, True), {EOD})
     ]
     rows = DrawRows(
         slots=torch.arange(len(sequences)),

@@ -34,7 +34,7 @@ def feed(tokens, max_tokens=100, **params) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, **params)
     seq = Sequence(request=Request([5], params, max_tokens, 0), detokenizer=Letters())
     for token in tokens:
-        if seq.append(token, EOD):
+        if seq.append(token, {EOD}):
             break
     return seq
 

@@ -36,7 +36,7 @@ def decode_record(block_size: int) -> StepRecord:
     """A step in which each of 64 sequences computes the token drawn before it."""
     scheduler = _scheduler(8, block_size)
     scheduler.schedule()
-    return build_record(scheduler.schedule(), 1, eod_id=-1, look_ahead=1)
+    return build_record(scheduler.schedule(), 1, end_ids=(), look_ahead=1)
 
 
 def _take(sequence: Sequence, token: int) -> bool:
@@ -53,7 +53,7 @@ def _steps(count: int, block_size: int) -> dict[str, list[float]]:
         at = [time.perf_counter()]
         plan = scheduler.schedule()
         at.append(time.perf_counter())
-        words = build_record(plan, number, eod_id=-1, look_ahead=1).encode()
+        words = build_record(plan, number, end_ids=(), look_ahead=1).encode()
         at.append(time.perf_counter())
         StepRecord.decode(words)
         at.append(time.perf_counter())

@@ -82,7 +82,7 @@ UNUSED_IDS = (3, 70002)
 class NumberTokenizer:
     """Ids whose text is their number; none of them ends a completion."""
 
-    eod_id = -1
+    end_ids: frozenset[int] = frozenset()
     special_ids: frozenset[int] = frozenset()
     adds_dummy_prefix = removes_extra_whitespace = False
 

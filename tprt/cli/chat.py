@@ -102,7 +102,6 @@ def _follow(settings: Settings) -> int:
 
 def _lead(settings: Settings, params: SamplingParams) -> int:
     from tprt.cli.chat_terminal import Interrupts, Reader, Screen, forgive_encoding, terminal_keeper
-    from tprt.tokenizer import render_chat
 
     forgive_encoding()
     alone = "RANK" not in os.environ
@@ -114,7 +113,7 @@ def _lead(settings: Settings, params: SamplingParams) -> int:
                 llm.generate([])  # from here on all others follow, and will hear of an end
 
             def encode(messages: list[Message]) -> list[int]:
-                return llm.tokenizer.encode(render_chat(messages))
+                return llm.tokenizer.encode_chat(messages)
 
             screen, session = Screen(), Session(encode, _limit(llm), params)
             reader = Reader(interrupts, [f"/{name}" for name in COMMANDS])

@@ -142,7 +142,7 @@ def _fingerprint(settings: Settings, facts: "InputFacts") -> dict[str, Any]:
         config = resolve_config(reader, vars(model))
         in_effect = {name: getattr(config, name) for name in config.overrides} | {
             "dtype": model.dtype,
-            "bos_policy": model.bos_policy,
+            "bos_policy": tokenizer.bos_policy,
             "trim_vocab": [list(block) for block in vocabulary.removed],
             "max_model_len": settings.engine_config().resolve_max_model_len(config),
         }

@@ -57,7 +57,7 @@ class ModelSettings(_Section):
     rotary_precision: Literal["auto", "bf16", "fp32"] = "auto"
     window_keys: Annotated[int, Field(ge=2)] | None = None
     verify: Literal["sizes", "full"] = "sizes"
-    bos_policy: Literal["none", "bos"] = "none"
+    bos_policy: Literal["auto", "none", "bos"] = "auto"
     trim_vocab: Annotated[TrimVocab, PlainValidator(parse_trim_vocab)] = "off"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -12,7 +12,7 @@ from tprt.engine.sequence import Request
 from tprt.errors import ConfigError
 from tprt.kernels.noise import arrival_seed
 from tprt.sampling_params import SamplingParams
-from tprt.tokenizer import Tokenizer, render_chat
+from tprt.tokenizer import Tokenizer
 
 Prompt = str | dict[str, Any]
 
@@ -66,7 +66,7 @@ class InputProcessor:
         gone = self.vocabulary.removed_of(params.allowed_token_ids or ())
         banned.update(gone)
         if params.min_tokens > 0:
-            banned |= {self.tokenizer.eod_id, *params.stop_token_ids}
+            banned |= {*self.tokenizer.end_ids, *params.stop_token_ids}
         if params.allowed_token_ids is not None and banned.issuperset(params.allowed_token_ids):
             options = (
                 "min_tokens, bad_words and model.trim_vocab" if gone else "min_tokens and bad_words"
@@ -112,7 +112,7 @@ class InputProcessor:
             if kind == "prompt" and isinstance(value, str):
                 return self.tokenizer.encode(value)
             if kind == "messages":
-                return self.tokenizer.encode(render_chat(value))
+                return self.tokenizer.encode_chat(value)
             if kind == "prompt_token_ids":
                 return self.check_ids(value)
         raise ConfigError(

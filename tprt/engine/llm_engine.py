@@ -121,7 +121,7 @@ class LLMEngine:
         if not plan.rows:
             return ended + self._read_all()
         ahead = self._look_ahead(row.seq for row in plan.rows)
-        record = build_record(plan, self._next_number(), self.tokenizer.eod_id, ahead)
+        record = build_record(plan, self._next_number(), self.tokenizer.end_ids, ahead)
         self._begun = [plan]
         self._in_flight.append((plan, self._execute(record, self.control.send(record))))
         self._begun = []
@@ -181,7 +181,7 @@ class LLMEngine:
         if seq.max_tokens == 0:
             seq.finish_reason = "length"
             return True
-        return seq.append(token, self.tokenizer.eod_id)
+        return seq.append(token, self.tokenizer.end_ids)
 
     def _keep_logprobs(self, plan: StepPlan, result: StepResult, tokens: list[int]) -> None:
         logits = iter(result.logits)

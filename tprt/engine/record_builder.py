@@ -3,7 +3,7 @@
 Knows sequences and their options; the layout of a record is ``step_record``'s business.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -21,8 +21,10 @@ from tprt.engine.step_record import (
 )
 
 
-def build_record(plan: StepPlan, number: int, eod_id: int, look_ahead: int) -> StepRecord:
-    """``number`` counts records of any kind; ``eod_id`` is what ``min_tokens`` holds back."""
+def build_record(
+    plan: StepPlan, number: int, end_ids: Collection[int], look_ahead: int
+) -> StepRecord:
+    """``number`` counts records of any kind; ``end_ids`` are what ``min_tokens`` holds back."""
     rows: list[tuple[int, int, int, int]] = []
     tokens: list[int] = []
     bans: list[tuple[int, int]] = []
@@ -40,7 +42,7 @@ def build_record(plan: StepPlan, number: int, eod_id: int, look_ahead: int) -> S
             if params.logprobs is not None:
                 logprobs = max(logprobs, params.logprobs)
             if seq.restricted:
-                bans += [(draws, token) for token in banned_ids(row, eod_id)]
+                bans += [(draws, token) for token in banned_ids(row, end_ids)]
             draws += 1
         if seq.wants_logits:
             flags |= ALL_LOGITS
@@ -76,12 +78,12 @@ def _table(rows: Iterable[tuple[int, ...]], width: int) -> Ints:
     return np.array(list(rows), dtype=np.int64).reshape(-1, width)
 
 
-def banned_ids(row: Row, eod_id: int) -> set[int]:
+def banned_ids(row: Row, end_ids: Collection[int]) -> set[int]:
     """What the token after ``row`` may not be: an early end, or the last token of a bad word."""
     seq, params = row.seq, row.seq.request.params
     found: set[int] = set()
     if row.start + row.count - seq.num_prompt_tokens < params.min_tokens:
-        found = {eod_id, *params.stop_token_ids}
+        found = {*end_ids, *params.stop_token_ids}
     for *before, last in seq.request.bad_word_ids:
         # Longer words need all ids on the host, which the engine sees to (``needs_host``).
         completion = seq.ids[seq.num_prompt_tokens :]

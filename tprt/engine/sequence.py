@@ -4,6 +4,7 @@ Rank 0 alone has sequences; the others are told what to compute. Knows tokens, t
 model.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +103,7 @@ class Sequence:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def append(self, token_id: int, eod_id: int) -> bool:
+    def append(self, token_id: int, end_ids: Collection[int]) -> bool:
         """Take the next token; True when the sequence ends. Needs the text side (rank 0)."""
         assert self.detokenizer is not None, "only rank 0 decides where a sequence ends"
         if token_id == NON_FINITE:
@@ -111,7 +112,7 @@ class Sequence:
         self.ids.append(token_id)
         params, before = self.request.params, len(self.text)
         count = len(self.ids) - self.num_prompt_tokens
-        if token_id == eod_id and not params.ignore_eos:
+        if token_id in end_ids and not params.ignore_eos:
             self.finish_reason = "stop"
         elif token_id in params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token_id

@@ -69,7 +69,8 @@ class LLM:
         tokenizer: path of the sentencepiece model; None takes the one beside the checkpoint.
         dtype: "bfloat16", "float32" or "float16".
         verify: "full" also checks checksums, "sizes" only what names and headers say.
-        bos_policy: "none" as Adept, "bos" as Hugging Face, which begins every text with |ENDOFTEXT|.
+        bos_policy: "bos" begins every text with the piece for that, as Hugging Face does; "none" does
+            not, as Adept; "auto" is what the model was tuned on.
         trim_vocab: ids whose rows of embedding and head are not loaded and that are never sampled:
             "off" for none, as the reference, "reserved" for the block that the tokenizer proves
             unused, or ranges of a first and a last id, as ``[(3, 70002)]``. All ids keep their numbers.
@@ -101,7 +102,7 @@ class LLM:
         tokenizer: str | Path | None = None,
         dtype: str = "bfloat16",
         verify: Literal["sizes", "full"] = "sizes",
-        bos_policy: Literal["none", "bos"] = "none",
+        bos_policy: Literal["auto", "none", "bos"] = "auto",
         trim_vocab: Literal["off", "reserved"] | Sequence[Sequence[int]] = "off",
         group: Any = None,
         device: torch.device | str | None = None,

@@ -80,7 +80,7 @@ def resolve_config(reader: CheckpointReader, options: dict[str, Any]) -> ModelCo
 
 
 def open_tokenizer(
-    reader: CheckpointReader, path: str | Path | None, bos_policy: Literal["none", "bos"]
+    reader: CheckpointReader, path: str | Path | None, bos_policy: Literal["auto", "none", "bos"]
 ) -> Tokenizer:
     """The tokenizer at ``path``, or the one beside the checkpoint."""
     found = Path(path) if path is not None else reader.tokenizer_path

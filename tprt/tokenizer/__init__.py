@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a sentencepiece model file; the chat format of Persimmon.
+"""Text to token ids and back, over a sentencepiece model file; the chat formats.
 
 Knows no model, no rank and no tensor.
 """

@@ -9,12 +9,13 @@ This file knows no model, no rank, no tensor and not the wire format of the mode
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from tprt.errors import ConfigError, TokenizerError
+from tprt.tokenizer.chat import GEMMA, render_chat
 from tprt.tokenizer.detokenizer import Detokenizer
 from tprt.tokenizer.sentencepiece_model import (
     BYTE,
@@ -34,7 +35,8 @@ from tprt.tokenizer.sentencepiece_model import (
 )
 from tprt.tokenizer.unused import check_removable, longest_run, looks_unused, reserved_block
 
-BosPolicy = Literal["none", "bos"]
+BosPolicy = Literal["auto", "none", "bos"]
+START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"  # of Gemma's chat format
 
 MEGATRON_VOCAB_MULTIPLE = 128
 
@@ -44,18 +46,23 @@ class Tokenizer:
 
     Args:
         path: the model file (``adept_vocab.model``, ``tokenizer.model``).
-        bos_policy: ``none`` as Adept's inference, ``bos`` as Hugging Face, which puts the end-of-text
-            id in front of every prompt (BOS, EOS and EOD are one piece in Persimmon).
+        bos_policy: ``bos`` puts ``bos_id`` in front of every prompt, as Hugging Face does; ``none`` does
+            not, as Adept's inference; ``auto`` is what the model was tuned on: ``bos`` with Gemma's
+            tokenizer, else ``none``.
+
+    Attributes:
+        eod_id, bos_id: end and beginning of a text; one piece in Persimmon.
+        end_ids: ids that end an answer: ``eod_id``, and Gemma's end of a turn.
 
     Raises:
         TokenizerError: the file is missing, damaged, too large or no sentencepiece model, or has
             neither ``|ENDOFTEXT|`` nor an end-of-sentence piece.
     """
 
-    def __init__(self, path: str | Path, bos_policy: BosPolicy = "none") -> None:
-        if bos_policy not in ("none", "bos"):
-            raise ConfigError(f"bos_policy is {bos_policy!r}", hint="none or bos")
-        self.path, self.bos_policy = Path(path), bos_policy
+    def __init__(self, path: str | Path, bos_policy: BosPolicy = "auto") -> None:
+        if bos_policy not in ("auto", "none", "bos"):
+            raise ConfigError(f"bos_policy is {bos_policy!r}", hint="auto, none or bos")
+        self.path = Path(path)
         self._proto = read_model(self.path)
         model = read_pieces(self._proto, self.path)
         self._pieces, self._kinds = model.pieces, model.kinds
@@ -68,6 +75,15 @@ class Tokenizer:
         self._ids = {piece: i for i, piece in enumerate(self._pieces)}
         self.eod_id = self._find_eod()
         plain = self._plain
+        turn = [self._ids[piece] for piece in (START_OF_TURN, END_OF_TURN) if piece in self._ids]
+        self._turn = turn if len(turn) == 2 else []
+        self.bos_policy = bos_policy
+        if bos_policy == "auto":
+            self.bos_policy = "bos" if self._turn else "none"
+        # Where one piece ends every text it also begins them.
+        alike = END_OF_TEXT in self._ids or plain.bos_id() < 0
+        self.bos_id: int = self.eod_id if alike else plain.bos_id()
+        self.end_ids = frozenset({self.eod_id, *self._turn[1:]})
         ends = plain.unk_id(), plain.bos_id(), plain.eos_id(), plain.pad_id()
         self._kept = frozenset({self.eod_id, *ends})
         self.unused_ids = longest_run(self._pieces, self._kinds, self._kept, looks_unused)
@@ -102,7 +118,7 @@ class Tokenizer:
 
         Args:
             text: any text that can be UTF-8, NUL included.
-            add_bos: put the end-of-text id in front; None follows the tokenizer's ``bos_policy``.
+            add_bos: put ``bos_id`` in front; None follows the tokenizer's ``bos_policy``.
             parse_special: let special pieces in the text become their ids. Without it no id of
                 ``special_ids`` comes out of text. Special pieces at the very start stand before the
                 text proper, so ``"|ENDOFTEXT|" + t`` gives the ids of ``t`` with BOS.
@@ -114,7 +130,7 @@ class Tokenizer:
             raise ConfigError(f"a prompt must be text, not {type(text).__name__}")
         _refuse_surrogates(text)
         use_bos = self.bos_policy == "bos" if add_bos is None else add_bos
-        ids = [self.eod_id] if use_bos else []
+        ids = [self.bos_id] if use_bos else []
         model = self._inert
         if parse_special:
             model, pattern = self._parsing
@@ -123,6 +139,23 @@ class Tokenizer:
                 text = text[match.end() :]
         encoded: list[int] = model.encode(text) if text else []
         return ids + encoded
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of a prompt that asks for the next turn, in the format this tokenizer was made for.
+
+        What stands in a message is text: a marker in it is spelled out, and begins no turn.
+
+        Raises:
+            ConfigError: see ``ChatFormat.turns``.
+        """
+        if not self._turn:
+            return self.encode(render_chat(messages))
+        start, end = self._turn
+        ids = [self.bos_id] if self.bos_policy == "bos" else []
+        for who, text in GEMMA.turns(messages):
+            turn, newline = self.encode(f"{who}\n{text}", False), self.encode("\n", False)
+            ids += [start, *turn, end, *newline]
+        return [*ids, start, *self.encode(f"{GEMMA.assistant}\n", False)]
 
     def decode(
         self,
@@ -260,7 +293,7 @@ def eos_warnings(tokenizer: Tokenizer, eos_token_id: int | None) -> list[str]:
 
     The scan wins: self-converted checkpoints say 2 and pruned ones 71013, and neither ever stops.
     """
-    if eos_token_id is None or eos_token_id == tokenizer.eod_id:
+    if eos_token_id is None or eos_token_id in tokenizer.end_ids:
         return []
     return [
         f"eos in config differs from the piece scan: {eos_token_id} in the model's config, "
