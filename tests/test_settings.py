@@ -113,7 +113,7 @@ def test_empty_files_and_sections(write, text):
 @pytest.fixture
 def variables(monkeypatch):
     """What the shipped files ask for."""
-    for name in ("PERSIMMON_DIR", "INPUT", "OUTPUT"):
+    for name in ("PERSIMMON_DIR", "RECURRENTGEMMA_DIR", "INPUT", "OUTPUT"):
         monkeypatch.setenv(name, f"/{name.lower()}")
 
 
@@ -122,7 +122,9 @@ def test_shipped_configs_load(path, variables):
     """Guards against examples that rot."""
     settings = load_settings(str(path), [], {})
     assert settings.model.path == "examples/tiny-persimmon" or re.fullmatch(
-        r"/persimmon_dir/(8b_(chat|base)_model_release|persimmon-8b-base)", settings.model.path
+        r"/persimmon_dir/(8b_(chat|base)_model_release|persimmon-8b-base)"
+        r"|/recurrentgemma_dir/recurrentgemma-(2b|9b)(-it)?",
+        settings.model.path,
     )
     assert settings.sampling.greedy
     told = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
@@ -137,6 +139,8 @@ def test_what_the_shipped_configs_are_for(variables):
         "tiny": None, "tiny-replicas": 4, "persimmon-8b-chat": 4, "persimmon-8b-base": 4,
         "persimmon-8b-chat-replicas": 8, "persimmon-8b-one-gpu": 1, "persimmon-8b-cpu": 2,
         "persimmon-8b-reference": 1, "array-job": 1,
+        "recurrentgemma-2b": 1, "recurrentgemma-2b-it": 1, "recurrentgemma-9b": 2,
+        "recurrentgemma-9b-it": 2,
     }  # fmt: skip
     assert found["tiny-replicas"].parallel.data == found["persimmon-8b-chat-replicas"].parallel.data
     assert found["persimmon-8b-one-gpu"].model.trim_vocab == ((3, 70002),)
