@@ -1,6 +1,7 @@
 """The house has floors: a module imports only from floors below it, or inside its own package."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -76,6 +77,15 @@ def test_the_checker_sees_a_climb(tmp_path, monkeypatch):
     bad = tmp_path / "layers" / "bad.py"
     bad.write_text("def f():\n    from tprt.engine.sampler import Sampler\n    return Sampler\n")
     assert climbs(bad) == ["layers/bad.py imports tprt.engine.sampler.Sampler"]
+
+
+def test_nothing_from_the_engine_up_names_a_model():
+    """A second architecture is a file under models, a config, and nothing else."""
+    names = re.compile(r"persimmon|gemma|adept|griffin", re.IGNORECASE)
+    for room in ("engine", "llm", "job", "cli"):
+        for path in (PACKAGE / room).rglob("*.py"):
+            found = names.search(path.read_text("utf-8"))
+            assert found is None, f"{path.relative_to(PACKAGE)} names {found[0]}"
 
 
 def test_library_does_not_import_pydantic():

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tprt",
         allow_abbrev=False,
-        description="Tensor-parallel inference for Persimmon-8B and models like it.",
+        description="Tensor-parallel inference for squared-ReLU and recurrent language models.",
         epilog="Exit codes: 0 good, 1 bug, 2 usage or config, 3 checkpoint or tokenizer, 4 finished "
         "with failed records, 5 output, 6 rank failure, 7 ranks disagree, 8 does not fit, "
         "130 and 143 interrupted.",

@@ -16,7 +16,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="measure, on random weights for the most part",
         description="Measure, on random weights but for sparsity; the last line is one JSON object. "
         + "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
-        + ". --model also takes persimmon-8b, persimmon-400m, persimmon-100m and toy.",
+        + ". --model also takes a model of random weights by its name, such as toy; "
+        "docs/performance.md has the others.",
     )
     add_flags(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this host")

@@ -58,10 +58,13 @@ MODEL_FLAGS = {
     "dtype": ("DTYPE", "bfloat16 (default), float32 or float16"),
     "rotary-precision": (
         "PRECISION",
-        "bf16 as Adept, fp32 as Hugging Face, auto (default) as the checkpoint says",
+        "of rotary tables: bf16, fp32, or auto (default) as the checkpoint says",
     ),
     "verify": ("HOW", "sizes (default) or full: checksums of all weights"),
-    "bos-policy": ("POLICY", "none (default) as Adept, or bos as Hugging Face"),
+    "bos-policy": (
+        "POLICY",
+        "auto (default) as the model was tuned, none, or bos before each text",
+    ),
     "device": ("DEVICE", "auto (default: a GPU for each rank if there is one), cpu or cuda"),
 }
 

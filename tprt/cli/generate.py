@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tprt.cli.ranks import Ending
     from tprt.job.generate import Job
     from tprt.job.input_file import InputFacts
+    from tprt.tokenizer import Tokenizer
 
 logger = get_logger(__name__)
 
@@ -187,7 +188,7 @@ def _run_here(settings: Settings, args: argparse.Namespace) -> int:
         if args.show:
             # The job is done; who reads may be gone.
             with contextlib.suppress(OSError, ConfigError):
-                _show(job, report.summary.records)
+                _show(settings, job, report.summary.records)
         print_summary(report.summary, job.log_format)
         return report.exit_code
 
@@ -223,26 +224,39 @@ def _merge(settings: Settings) -> int:
     return EXIT_FAILED_RECORDS if report.failed else EXIT_OK
 
 
-def _show(job: "Job", total: int) -> None:
+def _show(settings: Settings, job: "Job", total: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table("prompt", "text", show_lines=True)
-    for prompt, text in itertools.islice(_answers(job), SHOWN_RECORDS):
+    for prompt, text in itertools.islice(_answers(settings, job), SHOWN_RECORDS):
         table.add_row(_printable(shorten(prompt, 300)), _printable(text))
     Console().print(table)
     if total > SHOWN_RECORDS:
         print(f"({total - SHOWN_RECORDS} more records are not shown)")
 
 
-def _answers(job: "Job") -> Iterator[tuple[str, str]]:
+def _answers(settings: Settings, job: "Job") -> Iterator[tuple[str, str]]:
     """Prompts as the model reads them, and their first texts or their errors."""
+    from tprt.checkpoint import open_checkpoint
     from tprt.job.input_file import InputFile, scan_input
+    from tprt.llm import open_tokenizer
 
+    model = settings.model
+    with open_checkpoint(model.path) as reader:
+        tokenizer = open_tokenizer(reader, model.tokenizer, model.bos_policy)
     records = InputFile(job.input, scan_input(job.input)).records(job.defaults, 0, job.shard)
     with job.own_output.open(encoding="utf-8") as lines:
         for record, line in zip(records, lines, strict=False):
-            yield record.shown, _first_text(json.loads(line))
+            yield _as_read(record.prompt or {}, tokenizer), _first_text(json.loads(line))
+
+
+def _as_read(prompt: dict[str, Any], tokenizer: "Tokenizer") -> str:
+    if "messages" in prompt:
+        with contextlib.suppress(ConfigError):  # then its answer says why
+            ids = tokenizer.encode_chat(prompt["messages"])
+            return tokenizer.decode(ids, skip_special_tokens=False)
+    return str(next(iter(prompt.values()), ""))
 
 
 def _first_text(line: dict[str, Any]) -> str:

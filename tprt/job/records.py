@@ -4,7 +4,6 @@ One JSON object per line, in the project's own form or as an OpenAI batch line. 
 record with an error and never stops a job. Knows no files, no model and no tensors.
 """
 
-import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,6 @@ from typing import Any
 from tprt.engine.outputs import RequestOutput, TokenLogprobs
 from tprt.errors import ConfigError, TprtError
 from tprt.sampling_params import SamplingParams
-from tprt.tokenizer import render_chat
 
 MAX_LINE_BYTES = 32 * 2**20
 MAX_ERROR_LENGTH = 2000  # an error may quote a line, and a line may be long
@@ -39,7 +37,6 @@ class Record:
         id: the user's, or the line number as text.
         prompt: what ``LLM.make_request`` takes; None when ``error`` is set.
         openai_url: set for OpenAI batch lines, which are answered in their own form.
-        shown: the prompt as the model reads it, where it is text.
     """
 
     line: int
@@ -48,7 +45,6 @@ class Record:
     params: SamplingParams
     error: str | None = None
     openai_url: str | None = None
-    shown: str = ""
 
     def failed(self, error: str) -> "Record":
         if len(error) > MAX_ERROR_LENGTH:
@@ -78,7 +74,7 @@ def parse_record(raw: bytes, number: int, defaults: SamplingParams, job_seed: in
         merged = vars(defaults) | own
         merged["seed"] = record_seed(job_seed, record.id) if seed is None else seed
         params = SamplingParams.from_dict(merged)
-        return replace(record, prompt=prompt, params=params, shown=_shown(prompt))
+        return replace(record, prompt=prompt, params=params)
     except TprtError as error:
         return record.failed(error.one_line)
     except (ArithmeticError, RecursionError, TypeError, ValueError) as error:
@@ -124,14 +120,6 @@ def _id(value: dict[str, Any], number: int) -> str:
     given = value.get(key, number)
     if not isinstance(given, str | int) or isinstance(given, bool):
         raise ConfigError(f"{key} must be a text or a whole number, not {given!r}")
-    return str(given)
-
-
-def _shown(prompt: dict[str, Any]) -> str:
-    (given,) = prompt.values()
-    if "messages" in prompt:
-        with contextlib.suppress(ConfigError):  # the record gets this error when it is checked
-            return render_chat(given)
     return str(given)
 
 

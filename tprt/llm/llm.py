@@ -69,8 +69,8 @@ class LLM:
         tokenizer: path of the sentencepiece model; None takes the one beside the checkpoint.
         dtype: "bfloat16", "float32" or "float16".
         verify: "full" also checks checksums, "sizes" only what names and headers say.
-        bos_policy: "bos" begins every text with the piece for that, as Hugging Face does; "none" does
-            not, as Adept; "auto" is what the model was tuned on.
+        bos_policy: "bos" begins every text with the piece for that, "none" does not, "auto" is what the
+            model was tuned on.
         trim_vocab: ids whose rows of embedding and head are not loaded and that are never sampled:
             "off" for none, as the reference, "reserved" for the block that the tokenizer proves
             unused, or ranges of a first and a last id, as ``[(3, 70002)]``. All ids keep their numbers.
@@ -79,10 +79,10 @@ class LLM:
         watch: a watch over the ranks that runs already; it stays the caller's. None starts one where
             there are several ranks: a rank that died, raised or does not move any more is then named
             by a ``PeerLost`` on all others.
-        **options: the other fields of ``EngineConfig``, and those that the model's own config lets users
-            set: ``rotary_precision`` ("bf16" as Adept's inference, "fp32" as Hugging Face; "auto" takes
-            what the checkpoint says, else bf16 for Megatron checkpoints and fp32 for Hugging Face
-            folders), ``window_keys`` (keys of a window that a query sees, its own included).
+        **options: the other fields of ``EngineConfig``, and those of the model's own config that users
+            may set: ``rotary_precision`` (of rotary tables, "bf16" or "fp32"; "auto" takes what the
+            checkpoint says, else bf16 for Megatron checkpoints and fp32 for Hugging Face folders),
+            ``window_keys`` (keys of a window that a query sees, its own included).
 
     Attributes:
         vocabulary: which ids have rows.

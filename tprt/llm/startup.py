@@ -88,7 +88,7 @@ def open_tokenizer(
         raise TokenizerError(
             "no sentencepiece model beside the checkpoint",
             where=str(reader.path),
-            hint="put adept_vocab.model there, or name it with --tokenizer",
+            hint="put the sentencepiece model there, or name it with --tokenizer",
         )
     return Tokenizer(found, bos_policy=bos_policy)
 
