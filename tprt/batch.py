@@ -45,10 +45,11 @@ class Segments:
     @cached_property
     def row_slots(self) -> torch.Tensor:
         """int64 [T], the slot of each token's sequence."""
-        return self.slots if self.starts is None else self.slots[self._index]
+        return self.slots if self.starts is None else self.slots[self.index]
 
     @cached_property
-    def _index(self) -> torch.Tensor:
+    def index(self) -> torch.Tensor:
+        """int64 [T], which sequence each token is of."""
         return self._rows(i for i, count in enumerate(self.query_lens) for _ in range(count))
 
     def extend(self, before: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +64,7 @@ class Segments:
             return torch.cat([before, x.unsqueeze(1)], dim=1).flatten(0, 1), rows * (extra + 1)
         if count == 1:
             return torch.cat([before[0], x]), torch.arange(len(x), device=x.device)
-        rows = torch.arange(len(x), device=x.device) + self._index * extra
+        rows = torch.arange(len(x), device=x.device) + self.index * extra
         ext = x.new_empty(len(x) + count * extra, x.shape[1])
         ext[rows + extra] = x
         begins = self.first_rows + torch.arange(count, device=x.device) * extra

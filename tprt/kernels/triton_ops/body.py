@@ -16,12 +16,12 @@ from tprt.kernels.interface import (
     SparseWeight,
     Tensors,
 )
-from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_in_tiles
-from tprt.kernels.reference import rms_norm, rotate
+from tprt.kernels.recurrence import RecurrenceWeights
 from tprt.kernels.triton_ops import head, linear, rotary, sparse_linear, tiles
 from tprt.kernels.triton_ops.attention import TritonAttention, TritonAttentionPlan
 from tprt.kernels.triton_ops.norm import add_layer_norm, layer_norm
-from tprt.kernels.window import window_attention
+from tprt.kernels.triton_ops.recurrence import recurrence
+from tprt.kernels.triton_ops.window import window_attend
 
 
 class TritonKernels:
@@ -57,19 +57,16 @@ class TritonKernels:
         return weight
 
     def layer_norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
-        return rms_norm(x, norm) if norm.bias is None else layer_norm(x, norm)
+        return layer_norm(x, norm)
 
     def add_layer_norm(
         self, x: torch.Tensor, bias: torch.Tensor, residual: torch.Tensor, norm: Norm
     ) -> Tensors:
         """``x`` may also be a stack of partial sums, float32 [P, T, width]."""
-        if norm.bias is None:
-            total = (residual + (x.sum(0) if x.dim() == 3 else x) + bias).to(residual.dtype)
-            return total, rms_norm(total, norm)
         return add_layer_norm(x, bias, residual, norm)
 
     def normed(self, x: Activations) -> torch.Tensor:
-        return self.layer_norm(*x) if isinstance(x, PendingNorm) else x
+        return layer_norm(*x) if isinstance(x, PendingNorm) else x
 
     def linear(
         self, x: Activations, weight: torch.Tensor, bias: torch.Tensor | None = None
@@ -95,10 +92,7 @@ class TritonKernels:
         residual: torch.Tensor,
         norm: Norm,
     ) -> tuple[torch.Tensor, Activations]:
-        if norm.bias is None:
-            y = linear.linear_unrounded(x, weight, self.tiles)
-            return self.add_layer_norm(y, bias, residual, norm)
-        if self.fused:
+        if self.fused and norm.bias is not None:  # the product that reads it knows LayerNorm alone
             total = linear.linear_add(x, weight, bias, residual, self.tiles)
             if total is not None:
                 return total, PendingNorm(total, norm)
@@ -171,7 +165,7 @@ class TritonKernels:
         conv: torch.Tensor,
         segments: Segments,
     ) -> torch.Tensor:
-        return recurrence(xy, weights, state, conv, segments, scan_in_tiles)
+        return recurrence(xy, weights, state, conv, segments)
 
     def window_attend(
         self,
@@ -183,10 +177,7 @@ class TritonKernels:
         keys: int,
         scale: float,
     ) -> torch.Tensor:
-        rotated = rotate(qkv[:, :-1], cos, sin)
-        return window_attention(
-            rotated[:, :-1], rotated[:, -1], qkv[:, -1], kv, segments, keys, scale
-        )
+        return window_attend(qkv, cos, sin, kv, segments, keys, scale)
 
     def logits(
         self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None

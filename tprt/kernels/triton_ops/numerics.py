@@ -1,4 +1,4 @@
-"""Rounding, as GPUs do it, also where Triton's interpreter runs the kernels."""
+"""Rounding and products, as GPUs do them, also where Triton's interpreter runs the kernels."""
 
 import triton
 import triton.language as tl
@@ -16,3 +16,11 @@ def round_to(x, dtype: tl.constexpr):
         nearest = nearest.to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)  # the carry would turn some NaN into a number
     return x.to(dtype)
+
+
+@triton.jit
+def dot(x, y):
+    """x y in float32. The interpreter would multiply the bit patterns of bfloat16."""
+    if INTERPRETED:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, input_precision="ieee")

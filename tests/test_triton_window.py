@@ -1,0 +1,71 @@
+"""Kernels of window attention against their plain body; in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_recurrence import segments
+
+from tprt.cache.slot_cache import WindowSpec
+from tprt.kernels.reference import rotate
+from tprt.kernels.triton_ops.window import window_attend
+from tprt.kernels.window import window_attention
+from tprt.layers.rotary import RotaryAngles
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SLOTS = 8
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
+
+
+def run_both(passes, heads: int, dim: int, keys: int, dtype: torch.dtype) -> None:
+    """The same passes through both bodies, each with a ring of its own, full of NaN at first."""
+    shape = (SLOTS, 2, WindowSpec(dim, keys).ring, dim)
+    mine = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+    theirs, scale = mine.clone(), dim**-0.5
+    rotary = RotaryAngles(dim // 2, 10000.0, DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for rows, decode in passes:
+        seg = segments(rows, decode)
+        qkv = torch.randn(len(seg.positions), heads + 2, dim, generator=generator).to(DEVICE, dtype)
+        cos, sin = rotary(seg.positions)
+        turned = rotate(qkv[:, :-1], cos, sin)
+        expected = window_attention(
+            turned[:, :-1], turned[:, -1], qkv[:, -1], theirs, seg, keys, scale
+        )
+        found = window_attend(qkv, cos, sin, mine, seg, keys, scale)
+        assert (found.float() - expected.float()).abs().max() < TOLERANCE[dtype]
+        assert torch.equal(mine.isnan(), theirs.isnan())
+        kept = (mine - theirs).float().nan_to_num(0.0)
+        assert kept.abs().max() < TOLERANCE[dtype], "what is kept"
+
+
+def growing(starts: dict[int, int], passes: list[tuple[int, ...]], steps: int) -> list:
+    """Passes of so many tokens for each slot, then decode steps."""
+    at, found = dict(starts), []
+    for counts in passes:
+        rows = [(slot, at[slot], n) for slot, n in zip(at, counts, strict=True)]
+        found.append((rows, False))
+        at = {slot: p + n for slot, p, n in rows}
+    for _ in range(steps):
+        found.append(([(slot, p, 1) for slot, p in at.items()], True))
+        at = {slot: p + 1 for slot, p in at.items()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "dim"), [(10, 16), (1, 32), (16, 64)])
+def test_a_window_of_17(heads, dim, dtype):
+    """Shorter, as long as and longer than the window; chunks past the ring; steps over its end."""
+    passes = growing({2: 0, 5: 0, 0: 0}, [(3, 17, 40), (1, 20, 1), (14, 1, 33)], 4)
+    run_both(passes, heads, dim, 17, dtype)
+
+
+def test_a_ring_of_several_parts():
+    """As many keys as to need two partial results, a place each side of their border written."""
+    passes = growing({1: 0, 3: 0}, [(200, 127), (57, 1)], 3)
+    run_both(passes, 4, 16, 130, torch.float32)
+
+
+def test_the_first_token():
+    run_both(growing({4: 0}, [], 3), 4, 16, 17, torch.float32)
