@@ -250,6 +250,68 @@ def one_shot() -> None:
     group.all_gather(t(64, dtype=I64))
 
 
+# RecurrentGemma, its two sizes: width, heads, of channels and of queries alike.
+RECURRENT = {"2b": (2560, 10), "9b": (4096, 16)}
+
+
+def segments(lengths: tuple[int, ...], decode: bool) -> Any:
+    from tprt.batch import Segments
+
+    starts = None if decode else (0,) * len(lengths)
+    slots, positions = t(len(lengths), dtype=I64), t(sum(lengths), dtype=I64)
+    return Segments(slots=slots, positions=positions, query_lens=lengths, starts=starts)
+
+
+def recurrence(
+    size: str, lengths: tuple[int, ...], decode: bool, dtype: torch.dtype = BF16
+) -> None:
+    from tprt.kernels import RecurrenceWeights
+    from tprt.kernels.triton_ops import recurrence
+
+    width, heads = RECURRENT[size]
+    block = width // heads
+    weights = RecurrenceWeights(
+        t(width, 4, dtype=dtype),
+        t(width, dtype=dtype),
+        t(heads, block, 2 * block, dtype=dtype),
+        t(heads, 2 * block, dtype=F32),
+        t(width, dtype=F32),
+    )
+    caches = t(5, width, dtype=F32), t(5, 4, width, dtype=dtype)
+    xy = t(sum(lengths), 2 * width, dtype=dtype)
+    recurrence.recurrence(xy, weights, *caches, segments(lengths, decode))
+
+
+def window(size: str, lengths: tuple[int, ...], decode: bool, dtype: torch.dtype = BF16) -> None:
+    from tprt.kernels.triton_ops import window
+
+    _, heads = RECURRENT[size]
+    tokens, angles = sum(lengths), t(sum(lengths), 1, 128, dtype=F32)
+    qkv, kv = t(tokens, heads + 2, 256, dtype=dtype), t(5, 2, 2176, 256, dtype=dtype)
+    window.window_attend(qkv, angles, angles, kv, segments(lengths, decode), 2049, 1 / 16)
+
+
+for _size in RECURRENT:
+    for _rows in (1, 17):
+        CALLS[f"recurrent_step_{_size}_{_rows}"] = partial(recurrence, _size, (1,) * _rows, True)
+    CALLS[f"recurrent_prompt_{_size}"] = partial(recurrence, _size, (300, 2), False)
+    CALLS[f"window_step_{_size}"] = partial(window, _size, (1, 1), True)
+    CALLS[f"window_prompt_{_size}"] = partial(window, _size, (300, 2), False)
+CALLS["window_step_float32"] = partial(window, "2b", (1,), True, F32)
+CALLS["window_prompt_float32"] = partial(window, "2b", (30,), False, F32)
+
+
+@call
+def rms_norms() -> None:
+    from tprt.kernels import Norm
+    from tprt.kernels.triton_ops import norm
+
+    for width, _ in RECURRENT.values():
+        rms = Norm(t(width), None, 1e-6)
+        norm.layer_norm(t(3, width), rms)
+        norm.add_layer_norm(t(3, width, dtype=F32), t(width), t(3, width), rms)
+
+
 def ptxas() -> str:
     from triton.backends.nvidia.compiler import get_ptxas
 

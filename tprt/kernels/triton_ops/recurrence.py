@@ -23,7 +23,7 @@ from tprt.kernels.triton_ops.numerics import dot, round_to
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
 ROWS = 16  # of a step, at least: what a matrix product takes
-STEP_COLUMNS = 64  # of a program of a step
+STEP_COLUMNS = {2: 64, 4: 16}  # of a program of a step, by bytes of a weight
 SCAN_COLUMNS, SCAN_STEPS = 32, 32  # of a program of a scan, and of one of its tiles
 
 
@@ -49,7 +49,7 @@ def _step(
 ) -> torch.Tensor:
     rows, width = len(xy), state.shape[1]
     heads, block, _ = weights.gate_weight.shape
-    columns = min(STEP_COLUMNS, triton.next_power_of_2(block))
+    columns = min(STEP_COLUMNS[xy.itemsize], triton.next_power_of_2(block))
     out = torch.empty(rows, width, dtype=xy.dtype, device=xy.device)
     grid = (triton.cdiv(block, columns), heads, triton.cdiv(rows, ROWS))
     _step_kernel[grid](

@@ -1,10 +1,9 @@
 """Attention over a sliding window, one head of keys and values for all queries of a token.
 
 All heads of a token are rows of one matrix product with the keys they share. For a decode step the ring
-of a slot is cut into parts of 128 places, a program for each, whose partial results a second kernel
-merges in order: the same programs at any context length, as a graph needs it. The program that has the
-new token's place rotates its key, writes it and uses it. For a prompt a program has the heads of a few
-tokens and goes over the keys they see, first those of the ring, then those of the chunk itself.
+of a slot is cut into parts, a program for each, whose partial results a second kernel merges in order:
+the same programs at any context length, as a graph needs it. For a prompt a program has the heads of a
+few tokens and goes over the keys they see, first those of the ring, then those of the chunk itself.
 
 Legend: T tokens, B sequences, S slots, H query heads, D head width, r rotary width, R places of a ring.
 """
@@ -17,8 +16,10 @@ from tprt.batch import Segments
 from tprt.kernels.triton_ops.numerics import dot, round_to
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
-PART = 128  # places of a partial result
-KEYS_AT_ONCE, ROWS_AT_ONCE = 32, 64  # of a program of a prompt: keys, and queries times heads
+# By bytes of an element. Places of a partial result; keys, and queries times heads, of a program of a
+# prompt.
+PART = {2: 128, 4: 32}
+KEYS_AT_ONCE, ROWS_AT_ONCE = {2: 32, 4: 16}, {2: 64, 4: 32}
 LOG2_E = 1.4426950408889634
 
 
@@ -49,7 +50,7 @@ def _step(
 ) -> torch.Tensor:
     rows, heads, dim = len(qkv), qkv.shape[1] - 2, qkv.shape[2]
     ring, padded = kv.shape[2], max(16, triton.next_power_of_2(heads))
-    part = min(PART, ring)
+    part = min(PART[kv.itemsize], ring)
     parts = triton.cdiv(ring, part)
     sums = torch.empty(rows, parts, padded, dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(rows, parts, 2, padded, dtype=torch.float32, device=qkv.device)
@@ -63,7 +64,7 @@ def _step(
     _merge_kernel[(rows, heads)](
         sums, stats, out, parts,
         HEADS=heads, PADDED=padded, DIM=dim, PARTS=triton.next_power_of_2(parts),
-        num_warps=4, **pdl_options(qkv.device),
+        num_warps=4 if parts <= 32 else 8, **pdl_options(qkv.device),
     )  # fmt: skip
     return out
 
@@ -79,7 +80,7 @@ def _prompt(
 ) -> torch.Tensor:
     tokens, heads, dim = len(qkv), qkv.shape[1] - 2, qkv.shape[2]
     ring, padded = kv.shape[2], max(16, triton.next_power_of_2(heads))
-    queries = max(1, ROWS_AT_ONCE // padded)
+    queries = max(1, ROWS_AT_ONCE[kv.itemsize] // padded)
     rotated = torch.empty(tokens, heads + 1, dim, dtype=qkv.dtype, device=qkv.device)
     _rotate_kernel[(tokens, heads + 1)](
         qkv, cos, sin, rotated, qkv.stride(0),
@@ -92,7 +93,7 @@ def _prompt(
     _prompt_kernel[(triton.cdiv(longest, queries), len(begins))](
         rotated, qkv, kv, out, segments.slots, begins, segments.first_rows, segments.last_rows,
         qkv.stride(0), ring, keys, scale * LOG2_E,
-        HEADS=heads, PADDED=padded, DIM=dim, QUERIES=queries, KEYS=KEYS_AT_ONCE,
+        HEADS=heads, PADDED=padded, DIM=dim, QUERIES=queries, KEYS=KEYS_AT_ONCE[kv.itemsize],
         num_warps=8 if dim >= 128 else 4, **pdl_options(qkv.device),
     )  # fmt: skip
     # After everybody has read the ring.
@@ -152,20 +153,24 @@ def _step_kernel(
         token + heads[:, None] * DIM, cos_ptr + angles, sin_ptr + angles, dims[None, :], is_head,
         ROTARY, dtype,
     )  # fmt: skip
-    places = part * PART + tl.arange(0, PART)
-    back = (position - places + ring) % ring  # tokens from the place's back to this one
-    mine = back == 0
-    seen = (back <= position) & (back < keys) & (places < ring)
-    # What is not seen may be NaN, and 0 x NaN is NaN: it is not read.
-    old = (seen & (back > 0))[:, None]
-    at = kv_ptr + slot * (2 * ring * DIM) + places[:, None] * DIM + dims[None, :]
-    k, v = tl.load(at, mask=old, other=0.0), tl.load(at + ring * DIM, mask=old, other=0.0)
+    # The program that has the new token's place writes it, and reads it with all the others.
+    place = position % ring
+    owner = place // PART + 0 * dims == part
     new_k = _rotated(
         token + HEADS * DIM, cos_ptr + angles, sin_ptr + angles, dims, dims < DIM, ROTARY, dtype
     )
     new_v = tl.load(token + (HEADS + 1) * DIM + dims)
-    k = tl.where(mine[:, None], new_k[None, :], k)
-    v = tl.where(mine[:, None], new_v[None, :], v)
+    slab = kv_ptr + slot * (2 * ring * DIM)
+    tl.store(slab + place * DIM + dims, new_k, mask=owner)
+    tl.store(slab + (ring + place) * DIM + dims, new_v, mask=owner)
+    tl.debug_barrier()
+    places = part * PART + tl.arange(0, PART)
+    back = (position - places + ring) % ring  # tokens from the place's back to this one
+    # What is not seen may be NaN, and 0 x NaN is NaN: it is not read.
+    seen = (back <= position) & (back < keys) & (places < ring)
+    at = slab + places[:, None] * DIM + dims[None, :]
+    k = tl.load(at, mask=seen[:, None], other=0.0)
+    v = tl.load(at + ring * DIM, mask=seen[:, None], other=0.0)
     scores = dot(q, tl.trans(k)) * scale
     scores = tl.where(seen[None, :], scores, float("-inf"))
     largest = tl.max(scores, axis=1)
@@ -176,8 +181,6 @@ def _step_kernel(
     tl.store(sums_ptr + (partial * PADDED + heads)[:, None] * DIM + dims[None, :], values)
     tl.store(stats_ptr + partial * (2 * PADDED) + heads, largest)
     tl.store(stats_ptr + partial * (2 * PADDED) + PADDED + heads, tl.sum(p, axis=1))
-    tl.store(at, k, mask=mine[:, None] & (places < ring)[:, None])
-    tl.store(at + ring * DIM, v, mask=mine[:, None] & (places < ring)[:, None])
 
 
 @triton.jit
