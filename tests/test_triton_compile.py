@@ -302,6 +302,14 @@ CALLS["window_prompt_float32"] = partial(window, "2b", (30,), False, F32)
 
 
 @call
+def gelu_gate() -> None:
+    from tprt.kernels.triton_ops import gate
+
+    for width in (7680, 12288):
+        gate.gelu_gate(t(3, 2 * width))
+
+
+@call
 def rms_norms() -> None:
     from tprt.kernels import Norm
     from tprt.kernels.triton_ops import norm

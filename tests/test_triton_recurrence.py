@@ -7,9 +7,12 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from tprt.batch import Segments  # noqa: E402
-from tprt.kernels import RecurrenceWeights  # noqa: E402
+from tprt.kernels import Norm, RecurrenceWeights  # noqa: E402
 from tprt.kernels import recurrence as plain  # noqa: E402
+from tprt.kernels.reference import ReferenceKernels  # noqa: E402
 from tprt.kernels.triton_ops import recurrence as kernels  # noqa: E402
+from tprt.kernels.triton_ops.gate import gelu_gate  # noqa: E402
+from tprt.kernels.triton_ops.norm import add_layer_norm, layer_norm  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TAPS, SLOTS = 4, 24
@@ -93,6 +96,36 @@ def test_steps_from_the_first_token_on(rows):
         passes.append(([(slot, 1 + slot % 5 + step, 1) for slot in range(rows)], True))
     run_both(passes, weights, torch.float32)
     run_both([([(slot, 0, 1) for slot in range(rows)], True)], weights, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 96, 1500])
+def test_gated_gelu(width, dtype):
+    x = (4 * torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(width))).to(
+        DEVICE, dtype
+    )
+    gate, up = x.double().chunk(2, dim=1)
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    found = gelu_gate(x)
+    error = (found.double() - expected).abs() / (1 + expected.abs())
+    assert found.dtype == dtype and error.max() < TOLERANCE[dtype] / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [48, 2560])
+def test_rms_norms(width, dtype):
+    """Of a row, and of a sum; with weights near -1, where 1 + weight is what counts."""
+    generator = torch.Generator().manual_seed(width)
+    x, residual, bias = (torch.randn(n, width, generator=generator) for n in (3, 3, 1))
+    x, residual, bias = (each.to(DEVICE, dtype) for each in (x, residual, bias[0]))
+    weight = (torch.randn(width, generator=generator) - 1).to(DEVICE, dtype)
+    norm = Norm(weight, None, 1e-6)
+    reference = ReferenceKernels()
+    assert torch.allclose(layer_norm(x, norm), reference.layer_norm(x, norm), 1e-2, 1e-6)
+    total, normed = add_layer_norm(x.float(), bias, residual, norm)
+    expected = (residual.float() + (x.float() + bias.float())).to(dtype)
+    assert torch.equal(total, expected)
+    assert torch.allclose(normed, reference.layer_norm(expected, norm), 1e-2, 1e-6)
 
 
 @triton.jit

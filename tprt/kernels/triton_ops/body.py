@@ -1,7 +1,6 @@
 """``TritonKernels``: every operation of ``interface.Kernels``, from the kernels beside this file."""
 
 import torch
-import torch.nn.functional as F
 import triton
 
 from tprt.batch import Segments
@@ -19,6 +18,7 @@ from tprt.kernels.interface import (
 from tprt.kernels.recurrence import RecurrenceWeights
 from tprt.kernels.triton_ops import head, linear, rotary, sparse_linear, tiles
 from tprt.kernels.triton_ops.attention import TritonAttention, TritonAttentionPlan
+from tprt.kernels.triton_ops.gate import gelu_gate
 from tprt.kernels.triton_ops.norm import add_layer_norm, layer_norm
 from tprt.kernels.triton_ops.recurrence import recurrence
 from tprt.kernels.triton_ops.window import window_attend
@@ -81,8 +81,7 @@ class TritonKernels:
     def linear_gelu_gate(
         self, x: Activations, weight: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
-        gate, up = self.linear(x, weight, bias).chunk(2, dim=-1)
-        return F.gelu(gate, approximate="tanh") * up
+        return gelu_gate(self.linear(x, weight, bias))
 
     def linear_add_layer_norm(
         self,

@@ -1,4 +1,4 @@
-"""Rounding and products, as GPUs do them, also where Triton's interpreter runs the kernels."""
+"""Rounding, products and activations as GPUs do them, also where Triton's interpreter runs a kernel."""
 
 import triton
 import triton.language as tl
@@ -24,3 +24,15 @@ def dot(x, y):
     if INTERPRETED:
         x, y = x.to(tl.float32), y.to(tl.float32)
     return tl.dot(x, y, input_precision="ieee")
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def gelu(x):
+    """In its form with tanh, tanh(u) as 2 sigmoid(2 u) - 1."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x * sigmoid(2.0 * u)

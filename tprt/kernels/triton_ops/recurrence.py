@@ -19,7 +19,7 @@ import triton.language as tl
 
 from tprt.batch import Segments
 from tprt.kernels.recurrence import RecurrenceWeights
-from tprt.kernels.triton_ops.numerics import dot, round_to
+from tprt.kernels.triton_ops.numerics import dot, gelu, round_to, sigmoid
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
 ROWS = 16  # of a step, at least: what a matrix product takes
@@ -94,18 +94,6 @@ def _prompt(
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _gelu(y):
-    """In its form with tanh, tanh(u) as 2 sigmoid(2 u) - 1."""
-    u = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-    return y * _sigmoid(2.0 * u)
-
-
-@triton.jit
 def _one_minus_exp(y):
     """1 - exp(y) for y <= 0, exact to float32 where y is near 0 and the difference would lose it."""
     series = y * (1.0 + y * (1 / 2 + y * (1 / 6 + y * (1 / 24 + y * (1 / 120 + y * (1 / 720))))))
@@ -115,9 +103,9 @@ def _one_minus_exp(y):
 @triton.jit
 def _decay_and_input(c, gate_in, gate_a, log_decay, is_start):
     """a and sqrt(1 - a^2) * (c * gate); at a sequence's first token 0 and c * gate."""
-    log_a = log_decay * _sigmoid(gate_a)
+    log_a = log_decay * sigmoid(gate_a)
     scale = tl.where(is_start, 1.0, tl.sqrt(_one_minus_exp(2.0 * log_a)))
-    return tl.where(is_start, 0.0, tl.exp(log_a)), scale * (c * _sigmoid(gate_in))
+    return tl.where(is_start, 0.0, tl.exp(log_a)), scale * (c * sigmoid(gate_in))
 
 
 @triton.jit
@@ -193,7 +181,7 @@ def _step_kernel(
     y = tl.load(
         xy_ptr + rows[:, None] * row_stride + width + channels[None, :], mask=mask, other=0.0
     )
-    out = round_to(h * _gelu(y.to(tl.float32)), out_ptr.dtype.element_ty)
+    out = round_to(h * gelu(y.to(tl.float32)), out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows[:, None] * width + channels[None, :], out, mask=mask)
     tl.store(state_ptr + at, h, mask=mask)
     place = (slots * TAPS + positions % TAPS)[:, None] * width + channels[None, :]
@@ -270,7 +258,7 @@ def _scan_kernel(
         a, x = tl.where(inside, a, 1.0), tl.where(inside, x, 0.0)
         product, sum_ = tl.associative_scan((a, x), 0, _combine)
         h = product * carried[None, :] + sum_
-        out = round_to(h * _gelu(y.to(tl.float32)), out_ptr.dtype.element_ty)
+        out = round_to(h * gelu(y.to(tl.float32)), out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, out, mask=inside)
         carried = tl.sum(tl.where((steps == STEPS - 1)[:, None], h, 0.0), axis=0)
     tl.store(state_ptr + slot * width + channels, carried)
