@@ -207,7 +207,8 @@ def test_tokenizer(copy, capsys, kind, tmp_path):
         )
         path.write_bytes(model.getvalue())
     argv, out = generate(copy)
-    expect(capsys, argv, 3, "adept_vocab.model" if kind != "other" else "12 pieces", out=out)
+    words = {"missing": "sentencepiece model", "other": "12 pieces"}.get(kind, "adept_vocab.model")
+    expect(capsys, argv, 3, words, out=out)
 
 
 def test_tp_that_does_not_divide(capsys, tmp_path, copy):

@@ -25,7 +25,7 @@ def clean_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith("TPRT_"):
             monkeypatch.delenv(name)
-    for name in ("PERSIMMON_DIR", "INPUT", "OUTPUT"):  # of the shipped files
+    for name in ("PERSIMMON_DIR", "RECURRENTGEMMA_DIR", "INPUT", "OUTPUT"):  # of the shipped files
         monkeypatch.setenv(name, f"/{name.lower()}")
 
 

@@ -7,6 +7,7 @@ their cut, S slots.
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -85,7 +86,6 @@ def plan_runtime(
     itemsize = getattr(torch, engine.dtype).itemsize
     length = engine.resolve_max_model_len(config)
     part = (vocabulary or Vocabulary(config.vocab_size)).part(tp_size)
-    model = _on_paper(config, 0, tp_size, getattr(torch, engine.dtype), length, vocabulary)
     vocab, slots = part * tp_size, engine.max_num_seqs + 1
     graphs = device_type == "cuda" and not engine.enforce_eager
     bucket = bucket_of(min(engine.max_num_seqs, MAX_BUCKET))
@@ -99,20 +99,42 @@ def plan_runtime(
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
-    partials = model.partial_bytes(rows, length)
+    need = _step_sizes(config, tp_size, tokens, rows, bucket, length)
     # One after the other: the layers, and what becomes of their last rows.
-    layers = model.activation_elements(tokens, length) * itemsize + partials
+    layers = need.activations * itemsize + need.partials
     workspace = max(layers, _sampling(rows, part, tp_size), scores)
     pool = 0
     if graphs:
-        pool = model.activation_elements(bucket, 0) * itemsize + partials
+        pool = need.activations_of_graphs * itemsize + need.partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
         copied = engine.kernels == "auto" and engine.sparse_rows != 0 and engine.dtype == "bfloat16"
-        copies = model.copied_elements() * itemsize if copied else 0
+        copies = need.copied * itemsize if copied else 0
         return RuntimePlan(state, workspace, pool, 0, 0, copies)
     context = CONTEXT + (COMMUNICATOR if tp_size > 1 else 0)
     return RuntimePlan(state, workspace, pool, MODULES, context)
+
+
+class _StepSizes(NamedTuple):
+    """Elements, and of partial results bytes; see ``CausalLM``."""
+
+    activations: int
+    activations_of_graphs: int
+    partials: int
+    copied: int
+
+
+@lru_cache(maxsize=256)
+def _step_sizes(
+    config: ModelConfig, tp_size: int, tokens: int, rows: int, bucket: int, length: int
+) -> _StepSizes:
+    model = _on_paper(config, 0, tp_size, torch.bfloat16, length)
+    return _StepSizes(
+        model.activation_elements(tokens, length),
+        model.activation_elements(bucket, 0),
+        model.partial_bytes(rows, length),
+        model.copied_elements(),
+    )
 
 
 def _sampling(rows: int, part: int, tp_size: int) -> int:
@@ -143,7 +165,6 @@ def whole_parameters(config: ModelConfig) -> int:
     return sum(prod(shard_spec(p).canonical_shape) for p in model.parameters())
 
 
-@lru_cache(maxsize=8)
 def _on_paper(
     config: ModelConfig,
     rank: int,

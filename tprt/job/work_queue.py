@@ -156,7 +156,7 @@ class StoreQueue:
 
 
 def _record_to_json(record: Record) -> dict[str, Any]:
-    return vars(record) | {"params": vars(record.params), "shown": ""}
+    return vars(record) | {"params": vars(record.params)}
 
 
 def _record_from_json(raw: dict[str, Any]) -> Record:
