@@ -18,4 +18,4 @@ if [ "${1:-}" = --long ]; then
   exit "$failed"
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not multi_gpu and not long" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile -m "not gpu and not multi_gpu and not long" "$@"

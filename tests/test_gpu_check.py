@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,7 @@ def test_an_interrupt_ends_the_step_and_keeps_what_is_done(tmp_path):
         for line in process.stdout:
             if line.startswith("--- decode"):
                 break
+        time.sleep(1)  # the step itself begins after its heading
         process.terminate()
         rest = process.stdout.read()
     assert process.returncode == 143
