@@ -271,6 +271,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_happened(folder, caching):
     with LLM(str(folder), **settings) as llm:
         preempt_often(llm._engine.scheduler)
         assert answers(llm, prompts) == expected
+        assert answers(llm, prompts) == expected, "what was kept of a preempted one is another's"
         assert llm._engine.scheduler.num_preemptions > 3
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tprt.cache.block_manager import BlockManager, extend_block_keys
+from tprt.cache.snapshots import SnapshotPool
 from tprt.engine.scheduler import Scheduler, StepPlan
 from tprt.engine.sequence import Request, Sequence
 from tprt.kernels.noise import NON_FINITE
@@ -376,3 +377,20 @@ def test_the_block_that_was_left_longest_ago_is_reused_first():
     blocks.release(second)
     # Of one text the end goes before the beginning, which more texts share.
     assert blocks.allocate(4) == [*reversed(first), *reversed(second)]
+
+
+def test_state_is_kept_from_the_slot_that_had_it():
+    """Guards against a snapshot of another slot, where a sequence was preempted and begins anew."""
+    pool = SnapshotPool(range(3, 6))
+    scheduler = Scheduler(BlockManager(1), 4, 2, 64, pool, is_paged=False)
+    request = Request(list(range(1, 11)), SamplingParams(max_tokens=5), 5, 0)
+    seq = Sequence(request=request)
+    scheduler.add(seq)
+    (row,) = scheduler.schedule().rows
+    assert (row.start, row.count) == (0, 8), "up to the last full block of the prompt"
+    before = seq.slot
+    scheduler._preempt(seq)
+    scheduler._slots.reverse()  # so that it gets the other slot
+    plan = scheduler.schedule()
+    assert seq.slot != before and (plan.rows[0].start, plan.rows[0].count) == (0, 8)
+    assert plan.states == [(before, 3)] and pool.find(seq.block_keys) == (1, 3)

@@ -74,6 +74,17 @@ def single_id(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+def check_rotary(head_dim: int, factor: float) -> None:
+    """Raises CheckpointError unless that share of a head is an even number of dimensions."""
+    width = int(head_dim * factor)
+    if factor > 1 or width < 2 or width % 2:
+        raise CheckpointError(
+            f"the rotary width, partial_rotary_factor {factor:g} of head width {head_dim}, is not an "
+            f"even number from 2 to {head_dim}",
+            hint=CONFIG_HINT,
+        )
+
+
 def refuse_unsupported(raw: dict[str, Any], rope: dict[str, Any]) -> None:
     """Of Hugging Face's configs: what no architecture here has.
 

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from tprt.config.checks import (
     CONFIG_HINT,
+    check_rotary,
     count,
     flag,
     mapping,
@@ -65,13 +66,7 @@ class PersimmonConfig(ModelConfig):
                 f"hidden_size {self.hidden_size}",
                 hint=CONFIG_HINT,
             )
-        factor = self.partial_rotary_factor
-        if factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise CheckpointError(
-                f"the rotary width, partial_rotary_factor {factor:g} of head width "
-                f"{self.head_dim}, is not an even number from 2 to {self.head_dim}",
-                hint=CONFIG_HINT,
-            )
+        check_rotary(self.head_dim, self.partial_rotary_factor)
 
     @property
     def rotary_dim(self) -> int:

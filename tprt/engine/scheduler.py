@@ -74,7 +74,8 @@ class Scheduler:
         self._leaving: list[Sequence] = []
         self._filled: list[Sequence] = []  # their full blocks can be found from the next step on
         self._clears: list[int] = []
-        self._reached: list[tuple[Sequence, int]] = []  # positions whose state is to be kept
+        # Slots whose state is to be kept, and at which position: they hold it until the next step.
+        self._reached: list[tuple[int, Sequence, int]] = []
 
     @property
     def idle(self) -> bool:
@@ -201,16 +202,19 @@ class Scheduler:
         kept = self._next_kept(seq, seq.num_computed + 1)
         return min(count, kept - seq.num_computed) if kept else count
 
-    def _keep_states(self, reached: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
-        """(slot, row) of states that the last step reached, before this one moves them on."""
+    def _keep_states(self, reached: list[tuple[int, Sequence, int]]) -> list[tuple[int, int]]:
+        """(slot, row) of states that the last step reached, before this one moves them on.
+
+        Wherever the sequence is by now: no step has run since.
+        """
         copies = []
-        for seq, position in reached:
-            if seq.slot < 0 or seq.finish_reason == "error":
+        for slot, seq, position in reached:
+            if seq.finish_reason == "error":
                 continue
             extend_block_keys(seq.block_keys, seq.ids, self.block_size)
             row = self.snapshots.take(seq.block_keys[position // self.block_size - 1])
             if row is not None:
-                copies.append((seq.slot, row))
+                copies.append((slot, row))
         return copies
 
     # ------------------------------------------------------------ blocks
@@ -253,7 +257,7 @@ class Scheduler:
         if self.is_paged and seq.num_computed // self.block_size > seq.num_registered:
             self._filled.append(seq)
         if self._next_kept(seq, seq.num_computed) == seq.num_computed > 0:
-            self._reached.append((seq, seq.num_computed))
+            self._reached.append((seq.slot, seq, seq.num_computed))
 
     def _register_filled(self) -> None:
         if not self.blocks.prefix_caching:

@@ -73,7 +73,7 @@ def _prompt(
     c = torch.empty(tokens, width, dtype=xy.dtype, device=xy.device)
     positions = segments.positions
     begins = positions[segments.first_rows]
-    begin_of_row = begins if segments.starts is None else begins[segments.index]
+    begin_of_row = begins[segments.index]
     _conv_kernel[(tokens, triton.cdiv(width, 256))](
         xy, segments.row_slots, positions, begin_of_row, weights.conv_weight, weights.conv_bias, conv, c,
         width, xy.stride(0),
