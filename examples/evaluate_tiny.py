@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny_tasks import SHORT_TASKS, Example, chat_prompt, held_out_examples
@@ -21,6 +22,9 @@ HERE = Path(__file__).resolve().parent
 SHORT_COUNT, LONG_COUNT = 200, 40
 LONG_LINES = (232, 245)  # about 1,000 tokens
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
+
+Judge = Callable[[LLM], tuple[dict[str, object], list[str]]]
+Card = Callable[[Path, dict[str, object]], None]
 
 
 CARD = """# A tiny Persimmon that answers
@@ -122,9 +126,10 @@ def write_card(folder: Path, report: dict[str, object]) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(HERE / "tiny-persimmon"))
+def command(model: Path, judge: Judge, card: Card, about: str) -> None:
+    """What this program and the one beside it do: judge ``model``, print the report, write its card."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--model", default=str(model))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument(
         "--write-card", action="store_true", help="write evaluation.json and README.md beside it"
@@ -132,14 +137,14 @@ def main() -> None:
     args = parser.parse_args()
     with LLM(args.model, dtype=args.dtype) as llm:
         began = time.perf_counter()
-        report, _ = evaluate(llm)
+        report, _ = judge(llm)
         report |= {"dtype": args.dtype, "tp": llm.tp.size}
         report["seconds"] = round(time.perf_counter() - began, 1)
     if int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(report, indent=1))
         if args.write_card:
-            write_card(Path(args.model), report)
+            card(Path(args.model), report)
 
 
 if __name__ == "__main__":
-    main()
+    command(HERE / "tiny-persimmon", evaluate, write_card, __doc__.split("\n")[0])

@@ -29,6 +29,7 @@ class ByteTokenizer:
     special_ids = frozenset([EOD])
     adds_dummy_prefix = removes_extra_whitespace = False
     bos_policy = "none"
+    turn_markers = ()
 
     def encode(self, text, add_bos=None):
         return list(text.encode())

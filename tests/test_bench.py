@@ -14,20 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tprt.bench import kernels as kernels_bench
 from tprt.bench import startup as startup_bench
 from tprt.bench.allreduce import AllReduceSizes, _by_graph
-from tprt.bench.decode_sizes import step_bytes
+from tprt.bench.costs import prefill_operations, step_bytes
 from tprt.bench.device_timing import Ceilings, num_sets, time_calls
 from tprt.bench.filled import start, stop
 from tprt.bench.full_memory import limit_seconds
 from tprt.bench.kernel_cases import Cases
+from tprt.bench.named_models import PERSIMMON_8B, PERSIMMON_100M, PERSIMMON_400M, TOY
 from tprt.bench.one_rank import lone_rank
-from tprt.bench.prefill import prefill_operations
 from tprt.bench.projection import project
 from tprt.bench.report import Report, commit, compare, median_ratio
 from tprt.bench.step_trace import STEPS_RANGE, count_steps
 from tprt.bench.synthetic import (
-    PERSIMMON_8B,
-    PERSIMMON_100M,
-    TOY,
     greedy,
     random_engine,
     random_model,
@@ -488,7 +485,7 @@ def test_kernels_of_every_body_and_those_that_fail(capsys, monkeypatch):
         yield from matrices(self)
 
     monkeypatch.setattr(Cases, "matrices", one_fails)
-    monkeypatch.setattr(kernels_bench, "GROUPS", ("norms", "matrices", "down"))
+    monkeypatch.setattr(Cases, "groups", ("norms", "matrices", "down"))
     monkeypatch.setattr(kernels_bench, "bodies_on", lambda device: ("auto", "reference"))
     found, _ = run(capsys, "kernels", "--toy", "--shard", "2", "--json")
     lines = found["details"]["lines"]
@@ -563,11 +560,11 @@ def test_ranks_sum_and_say_how_long(capfd):
 
 def test_steps_of_a_prefill_fit_into_the_model():
     """A model of few positions gets smaller steps, so that the prompt beside decoding rows fits."""
+    from tprt.bench.named_models import PERSIMMON_8B
     from tprt.bench.prefill import PrefillSizes, _settings
-    from tprt.bench.synthetic import PERSIMMON_8B
 
     sizes = PrefillSizes()
-    for config, most in ((PERSIMMON_100M, 409), (PERSIMMON_8B, 2048)):
+    for config, most in ((PERSIMMON_400M, 409), (PERSIMMON_8B, 2048)):
         found = _settings(config, EngineConfig(kv_cache_memory=2**30), sizes, 1)
         assert found.max_num_batched_tokens == most
         assert (sizes.chunks + 1) * most + 1 <= found.max_model_len

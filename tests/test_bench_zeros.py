@@ -13,16 +13,15 @@ import torch
 from tprt.bench import dram_bytes, one_token, picture, zeros
 from tprt.bench.__main__ import make_parser
 from tprt.bench.command import _default_model
+from tprt.bench.costs import step_bytes
 from tprt.bench.decode_sizes import TOY as TOY_SIZES
-from tprt.bench.decode_sizes import decode_settings, step_bytes
+from tprt.bench.decode_sizes import decode_settings
 from tprt.bench.filled import prompts_of, start, stop
 from tprt.bench.live import LiveShares, kernels_of, skips, watched
+from tprt.bench.named_models import PERSIMMON_8B, PERSIMMON_400M, TOY
 from tprt.bench.report import ratio_interval
 from tprt.bench.sparsity import SparsitySizes, _groups, _Layer, read_prompts
 from tprt.bench.synthetic import (
-    PERSIMMON_8B,
-    PERSIMMON_400M,
-    TOY,
     greedy,
     random_engine,
     random_model,

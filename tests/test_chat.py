@@ -221,7 +221,7 @@ def parameters(*argv: str) -> SamplingParams:
 
 def test_a_chats_own_defaults_give_way_to_what_the_user_says(tmp_path, monkeypatch):
     """16 is also the default of a batch job: saying it must count, saying nothing must not."""
-    assert parameters().max_tokens is None and parameters().stop == ("\n\nhuman:",)
+    assert parameters().max_tokens is None and parameters().stop == ()
     assert parameters("--max-tokens", "16").max_tokens == 16
     assert parameters("--set", "sampling.max_tokens=16").max_tokens == 16
     file = tmp_path / "c.yaml"

@@ -2,16 +2,19 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
 
 import pytest
-from conftest import TINY, run_ranks
+from conftest import ROOT, TINY, free_port, run_ranks
 from test_lockstep import damage
 
 from tprt import LLM, SamplingParams
 from tprt.distributed.failure import Failure
+from tprt.distributed.watch import EXPLAIN_SECONDS
 from tprt.engine import control
 from tprt.engine.step_record import Kind
 from tprt.errors import PeerLost, RankMismatch
@@ -193,7 +196,7 @@ def test_a_stopped_rank_0_is_noticed():
     """Its sockets stay open, so only the silence tells: 6 intervals, where the group's limit is 1 h."""
     (said, seconds), (heard, waited) = run_ranks(_stopped, 2, timeout=30)
     assert heard == "rank 0 has sent nothing for 1.2 s, not even a heartbeat" and waited < 4
-    assert said.startswith("a collective failed") and seconds < 2
+    assert said.startswith("a collective failed") and seconds < 2 + EXPLAIN_SECONDS
 
 
 def wait_for_failure(llm: LLM) -> None:
@@ -211,7 +214,8 @@ def _deaf_followers() -> str:
     if rank() == 0:
         wait_for_failure(llm)
         said, seconds = lost(llm.generate, PROMPTS, GREEDY)
-        assert seconds < 0.5 and lost(llm.generate, PROMPTS, GREEDY)[0] == said
+        assert seconds < 0.5 + EXPLAIN_SECONDS
+        assert lost(llm.generate, PROMPTS, GREEDY)[0] == said
         llm.tp.store.set("known", "1")
         llm.close()  # nothing new to say, and nobody to wait for
     else:
@@ -295,3 +299,45 @@ def test_one_process_has_no_thread():
     with open_tiny(0.01) as llm:
         assert words(llm.generate(PROMPTS, GREEDY)) == WORDS
         assert threading.active_count() == before
+
+
+DIES_BETWEEN_CALLS = """
+import os, signal
+from tprt import LLM, SamplingParams
+from tprt.errors import PeerLost
+
+with LLM({model!r}, dtype="float32", kv_cache_memory=2**24) as llm:
+    llm.generate(["x"], SamplingParams(max_tokens=2))
+    if llm.tp.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        {call}
+    except PeerLost as error:
+        print(error.what, "|", error.where)
+"""
+
+
+@pytest.mark.parametrize(
+    "call", ['llm.generate(["y"])', 'llm.add_request("y"); llm.step(); llm.step()']
+)
+def test_a_rank_that_died_between_calls_is_named(call):
+    """Rank 0 meets it in the first word of the next call, which belongs to no step."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = DIES_BETWEEN_CALLS.format(model=str(TINY), call=call)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    try:
+        said, _ = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert "ended because of rank 1" in said and "| rank 1, host" in said

@@ -8,9 +8,9 @@ import torch
 from fakes import HashModel, fake_engine
 from hypothesis import given
 from hypothesis import strategies as st
+from one_device import OneDevice
+from recurrent_models import BYTES, WINDOW, byte_engine
 from test_engine import mixed_requests, request, run, tokens
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tprt.bench.synthetic import make_engine, random_model
 from tprt.config import EngineConfig, PersimmonConfig
@@ -22,7 +22,7 @@ from tprt.engine.graph_runner import GraphRunner, pack_step
 from tprt.engine.model_runner import ModelRunner, warm_up_shapes
 from tprt.engine.step_record import DRAW, MAX_BANS, MAX_BUCKET, Kind, StepRecord, bucket_of
 from tprt.errors import StepTimeout
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models import get_model_class
 
 TOY = PersimmonConfig(
     vocab_size=96,
@@ -33,7 +33,7 @@ TOY = PersimmonConfig(
     head_dim=8,
     max_position_embeddings=128,
 )
-NUMBERS = ("aten.scalar_tensor.default", "aten.lift_fresh.default")  # a number becomes a tensor
+ENGINES = pytest.mark.parametrize("make", [fake_engine, byte_engine], ids=["paged", "slots"])
 
 
 def decode_record(rows: list[tuple[int, int, int]], **more) -> StepRecord:
@@ -99,17 +99,73 @@ def test_padding_rows_never_touch_live_state(count, full):
     assert torch.equal(state.block_tables, other.block_tables)
 
 
-def test_buckets_change_no_token():
+def contents(caches) -> list[torch.Tensor]:
+    """[slots, ...] of everything that layers keep in slots."""
+    return [tensor for cache in caches for tensor in vars(cache).values()]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 5, 7, 11])
+def test_padding_rows_never_touch_the_state_of_others(count, full):
+    """As above, of a model that keeps its state in slots; snapshots lie behind them."""
+    engines = [byte_engine(max_num_seqs=12, enforce_eager=eager) for eager in (False, True)]
+    rng, scratch = random.Random(count), 12
+    slots = rng.sample(range(12), count)
+    # At the beginning, over the end of the ring and far behind it; a sequence's first token too.
+    places = [0, 1, WINDOW, 31, 32, 100, *(rng.randrange(60) for _ in slots)]
+    rows = [(slot, place, rng.randrange(256)) for slot, place in zip(slots, places, strict=False)]
+    results, before = [], []
+    for runner in (engine.runner for engine in engines):
+        generator = torch.Generator().manual_seed(5)
+        for tensor in contents(runner.slot_caches):
+            assert len(tensor) > scratch + 1, "there are snapshots"
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        runner.state.last_tokens[:12] = torch.arange(12)
+        before = [tensor.clone() for tensor in contents(runner.slot_caches)]
+        ids = [(s, p, -1 if i % 2 else t) for i, (s, p, t) in enumerate(rows)]
+        results.append(runner.execute(decode_record(ids, full=full), 0).check(Progress()))
+    assert results[0] == results[1] and len(results[0]) == count
+    padded, plain = (engine.runner for engine in engines)
+    others = [slot for slot in range(len(before[0])) if slot not in (*slots, scratch)]
+    for found, expected, old in zip(
+        contents(padded.slot_caches), contents(plain.slot_caches), before, strict=True
+    ):
+        assert torch.equal(found[others], old[others]), "neither other sequences nor snapshots"
+        assert not torch.equal(found[slots], old[slots])
+        torch.testing.assert_close(found[slots], expected[slots], rtol=1e-4, atol=1e-5)
+    assert torch.equal(padded.state.last_tokens[:12], plain.state.last_tokens[:12])
+
+
+def test_what_captures_leave_is_read_by_nobody():
+    """A capture runs its step on buffers of zeros, which is slot 0, before any sequence is there."""
+    requests, engine = mixed_requests(4), byte_engine()
+    expected = tokens(run(byte_engine(), requests))
+    runner = engine.runner
+    for tensor in contents(runner.slot_caches):
+        tensor.fill_(float("nan"))
+    runner.state.make_tables()  # as ``capture`` does on a GPU
+    with torch.inference_mode():
+        for bucket, full in runner.graphs.keys:
+            runner._decode(bucket, full)
+    for tensor in contents(runner.slot_caches):
+        assert tensor[1:].isnan().all() and not tensor[0].isnan().all()
+    assert tokens(run(engine, requests)) == expected
+
+
+@ENGINES
+def test_buckets_change_no_token(make):
     """Every sampling option, chunks and preemption, with and without buckets."""
+    few = {"blocks": 20} if make is fake_engine else {"max_num_batched_tokens": 20}
     for seed in range(3):
         requests = mixed_requests(seed)
-        with_buckets = tokens(run(fake_engine(blocks=20), requests))
-        assert with_buckets == tokens(run(fake_engine(blocks=20, enforce_eager=True), requests))
+        with_buckets = tokens(run(make(**few), requests))
+        assert with_buckets == tokens(run(make(**few, enforce_eager=True), requests))
 
 
-def test_nothing_is_captured_after_the_start(monkeypatch):
+@ENGINES
+def test_nothing_is_captured_after_the_start(make, monkeypatch):
     """All keys exist before the first step, and every decode step finds its own among them."""
-    engine = fake_engine(max_num_seqs=8)
+    engine = make(max_num_seqs=8)
     graphs, used = engine.runner.graphs, []
     start = graphs.keys
     assert start == {(b, full) for b in (1, 2, 4, 8) for full in (False, True)}
@@ -117,15 +173,16 @@ def test_nothing_is_captured_after_the_start(monkeypatch):
     replay = graphs.run
     monkeypatch.setattr(graphs, "run", lambda *key: used.append(key) or replay(*key))
     run(engine, mixed_requests(1, count=20))
-    run(engine, [request([i], temperature=0.0) for i in range(7)])
+    run(engine, [request([i], temperature=0.0, max_tokens=3 + i) for i in range(7)])
     assert set(used) <= start and len(set(used)) > 4 and graphs.keys == start
     with pytest.raises(KeyError):
         graphs.run(16, False)
 
 
-def test_the_graph_follows_from_the_record_alone(monkeypatch):
+@ENGINES
+def test_the_graph_follows_from_the_record_alone(make, monkeypatch):
     """The key in the header of each record is all that decides what runs."""
-    engine, seen = fake_engine(), []
+    engine, seen = make(), []
     execute, graphs = engine.runner.execute, engine.runner.graphs
 
     def watched(record, checksum):
@@ -212,39 +269,22 @@ def test_garbage_collection_is_off_during_capture_and_back_afterwards():
     assert gc.isenabled()
 
 
-class OneDevice(TorchDispatchMode):
-    """Fails on an operation that brings a value from the host: on a GPU that would be a copy that waits.
-
-    Assigning a number through an index is one: older versions of torch make it a tensor on the host.
-    """
-
-    def __init__(self, device):
-        super().__init__()
-        self.device, self.names = device, []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        found = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        elsewhere = [a for a in found if a.device.type != self.device]
-        number = any(name in NUMBERS for name in self.names[-2:])
-        written = str(op) in ("aten.index_put_.default", "aten.copy_.default")
-        assert not elsewhere and not (number and written), f"{op} takes a value from the host"
-        self.names.append(str(op))
-        return op(*args, **(kwargs or {}))
-
-
+@pytest.mark.parametrize("config", [TOY, BYTES], ids=["paged", "slots"])
 @pytest.mark.parametrize("removed", [(), ((3, 20),)])
 @pytest.mark.parametrize("full", [False, True])
-def test_a_decode_step_looks_at_no_value(full, removed):
+def test_a_decode_step_looks_at_no_value(full, removed, config):
     """On the meta device there are none: an operation that needs one on the host raises here.
 
     What passes can be captured as far as torch's operations go; the kernels' launches are not covered.
     """
     tp = TPGroup(device=torch.device("meta"))
-    vocabulary = Vocabulary(TOY.vocab_size, removed)
-    model = PersimmonForCausalLM(TOY, tp, torch.float32, vocabulary=vocabulary)
+    vocabulary = Vocabulary(config.vocab_size, removed)
+    model_class = get_model_class(config.model_type)
+    model = model_class(config, tp, torch.float32, vocabulary=vocabulary)
+    model.finish_loading()
     runner = ModelRunner(
-        model, tp, torch.float32, num_blocks=9, block_size=4, max_num_seqs=6, max_model_len=32,
-        num_valid=90,
+        model, tp, torch.float32, num_blocks=9, num_states=9, block_size=4, max_num_seqs=6,
+        max_model_len=32, num_valid=90,
     )  # fmt: skip
     runner.stream = object()  # as on a GPU, where hints of the host are not taken
     with torch.inference_mode(), OneDevice("meta") as seen:

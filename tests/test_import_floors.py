@@ -9,7 +9,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "tprt"
 FLOORS = {
-    0: {"config", "sampling_params", "batch", "errors", "faults", "host_limits", "log"},
+    0: {"config", "sampling_params", "batch", "errors", "faults", "host_limits", "log", "sizes"},
     1: {"distributed", "kernels", "tokenizer"},
     2: {"cache", "checkpoint"},
     3: {"layers"},

@@ -1,13 +1,22 @@
 """Every body of an operation against the plain one, on the same inputs."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tprt.batch import Segments
 from tprt.kernels import Kernels, Norm, cpu, kernels_for, reference, use_kernels, warm_up
 from tprt.kernels.reference import ReferenceAttention
+from tprt.sizes import (
+    KernelSizes,
+    PagedAttentionSizes,
+    RecurrenceSizes,
+    WindowAttentionSizes,
+)
 
 KERNELS = cpu.CPUKernels()
 
@@ -134,24 +143,43 @@ def test_float32_matrices_are_left_as_they_are():
     assert KERNELS.pack_weight(weight) is weight
 
 
+# Of the two kinds of model there are, as small as the kernels allow.
+PAGED = KernelSizes(
+    32, 64, torch.float32, "layer", "squared_relu", attention=PagedAttentionSizes(2, 16, 8, 4, True)
+)
+SLOTTED = KernelSizes(
+    32, 48, torch.float32, "rms", "gelu_gate", 30.0,
+    window=WindowAttentionSizes(3, 16, 8, 17, 32), recurrence=RecurrenceSizes(3, 16, 4),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["auto", "reference", "triton"])
 def test_warm_up_calls_every_operation(name, monkeypatch):
     """A size or an argument it gets wrong would show here and not before a start on a GPU."""
     monkeypatch.setattr(warm_up, "ROWS", (1, 2))
     monkeypatch.setattr(warm_up, "CHUNKS", (6,))
     monkeypatch.setattr(warm_up, "VOCAB_ROWS", 40)
-    sizes = warm_up.LayerSizes(32, 2, 16, 8, 64, 4, torch.float32, head_norms=True)
     with use_kernels(name):
         body = kernels_for(torch.device("cpu"))
         assert kernels_for(torch.device("cpu")) is body, "layers share one body"
-    called = set()
+    called, in_slots = set(), []
 
     class Watched:
         def __getattr__(self, operation):
             called.add(operation)
+            if operation in ("recurrence", "window_attend"):
+                return partial(self.with_segments, getattr(body, operation))
             return getattr(body, operation)
 
-    warm_up.compile_kernels(Watched(), sizes, torch.device("cpu"))
-    names = {n for n in vars(Kernels) if not n.startswith("_")} - {"name", "pack_weight"}
-    names -= {"linear_gelu_gate", "recurrence", "window_attend"}  # nothing of them is compiled
-    assert called == names
+        def with_segments(self, operation, *args):
+            (segments,) = (a for a in args if isinstance(a, Segments))
+            in_slots.append((operation.__name__, segments.starts is None))
+            return operation(*args)
+
+    for sizes in (PAGED, SLOTTED):
+        warm_up.compile_kernels(Watched(), sizes, torch.device("cpu"))
+    assert called == {n for n in vars(Kernels) if not n.startswith("_")} - {
+        "name", "pack_weight", "pack_recurrence",
+    }  # fmt: skip
+    both = ((n, decode) for n in ("recurrence", "window_attend") for decode in (True, False))
+    assert set(in_slots) == set(both), "steps and prompts have kernels of their own"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tprt.batch import Segments
 from tprt.distributed.sharding import (
     ShardSpec,
     broadcast_rows,
@@ -239,3 +240,13 @@ def test_replicated_and_broadcast_specs_round_trip():
 def test_uneven_cut_is_refused():
     with pytest.raises(ConfigError, match="does not divide over 3 ranks"):
         cut((8, 4), 0, 0, 3)
+
+
+def test_rows_of_a_pass_are_sent_to_the_device_once_for_all_layers():
+    """Each copy from the host costs a launch, and layers ask for the same rows."""
+    slots, positions = torch.tensor([1, 0]), torch.tensor([0, 1, 2, 7, 8])
+    chunks = Segments(slots=slots, positions=positions, query_lens=(3, 2), starts=(0, 7))
+    assert chunks.tail(2).tolist() == [1, 2, 3, 4] and chunks.tail(9).tolist() == [0, 1, 2, 3, 4]
+    assert chunks.tail(2) is chunks.tail(2) and chunks.index is chunks.index
+    steps = Segments(slots=slots, positions=slots, query_lens=(1, 1), starts=None)
+    assert steps.tail(4).tolist() == steps.last_rows.tolist() == [0, 1]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tprt.llm.llm as face
 import tprt.llm.memory as memory
 from tprt import LLM
-from tprt.bench.synthetic import PERSIMMON_8B
+from tprt.bench.named_models import PERSIMMON_8B
 from tprt.cli import main
 from tprt.config import EngineConfig
 from tprt.errors import ConfigError, OutOfMemoryPlan

@@ -284,7 +284,7 @@ def test_kv_bytes_are_those_of_the_plan(kv_uses, ranks, kind):
     overrides = [f"engine.{name}={value}" for name, value in engine.items()]
     flags = {"model.path": str(TINY), "model.dtype": dtype, "parallel.tensor": ranks}
     settings = load_settings(None, [*overrides, "engine.max_num_seqs=64"], flags)
-    plan = make_plan(settings, read_config(str(TINY)))
+    plan = make_plan(settings, read_config(settings))
     block = plan["kv_bytes_per_block_per_rank"]
 
     def planned(lengths: list[int]) -> int:

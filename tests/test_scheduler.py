@@ -392,5 +392,6 @@ def test_state_is_kept_from_the_slot_that_had_it():
     scheduler._preempt(seq)
     scheduler._slots.reverse()  # so that it gets the other slot
     plan = scheduler.schedule()
-    assert seq.slot != before and (plan.rows[0].start, plan.rows[0].count) == (0, 8)
-    assert plan.states == [(before, 3)] and pool.find(seq.block_keys) == (1, 3)
+    assert seq.slot != before and pool.find(seq.block_keys) == (1, 3)
+    assert plan.states == [(before, 3), (3, seq.slot)], "kept, and gone on from at once"
+    assert (plan.rows[0].start, plan.rows[0].count) == (8, 2)

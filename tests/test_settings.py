@@ -121,8 +121,9 @@ def variables(monkeypatch):
 def test_shipped_configs_load(path, variables):
     """Guards against examples that rot."""
     settings = load_settings(str(path), [], {})
-    assert settings.model.path == "examples/tiny-persimmon" or re.fullmatch(
-        r"/persimmon_dir/(8b_(chat|base)_model_release|persimmon-8b-base)"
+    assert re.fullmatch(
+        r"examples/tiny-(persimmon|recurrentgemma)"
+        r"|/persimmon_dir/(8b_(chat|base)_model_release|persimmon-8b-base)"
         r"|/recurrentgemma_dir/recurrentgemma-(2b|9b)(-it)?",
         settings.model.path,
     )
@@ -140,7 +141,7 @@ def test_what_the_shipped_configs_are_for(variables):
         "persimmon-8b-chat-replicas": 8, "persimmon-8b-one-gpu": 1, "persimmon-8b-cpu": 2,
         "persimmon-8b-reference": 1, "array-job": 1,
         "recurrentgemma-2b": 1, "recurrentgemma-2b-it": 1, "recurrentgemma-9b": 2,
-        "recurrentgemma-9b-it": 2,
+        "recurrentgemma-9b-it": 2, "tiny-recurrentgemma": None,
     }  # fmt: skip
     assert found["tiny-replicas"].parallel.data == found["persimmon-8b-chat-replicas"].parallel.data
     assert found["persimmon-8b-one-gpu"].model.trim_vocab == ((3, 70002),)

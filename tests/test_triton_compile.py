@@ -297,6 +297,9 @@ for _size in RECURRENT:
     CALLS[f"recurrent_prompt_{_size}"] = partial(recurrence, _size, (300, 2), False)
     CALLS[f"window_step_{_size}"] = partial(window, _size, (1, 1), True)
     CALLS[f"window_prompt_{_size}"] = partial(window, _size, (300, 2), False)
+CALLS["recurrent_step_float16"] = partial(recurrence, "9b", (1,), True, F16)
+CALLS["recurrent_step_float32"] = partial(recurrence, "2b", (1,), True, F32)
+CALLS["recurrent_prompt_float32"] = partial(recurrence, "2b", (30,), False, F32)
 CALLS["window_step_float32"] = partial(window, "2b", (1,), True, F32)
 CALLS["window_prompt_float32"] = partial(window, "2b", (30,), False, F32)
 

@@ -9,9 +9,11 @@ from test_triton_recurrence import segments
 
 from tprt.cache.slot_cache import WindowSpec
 from tprt.kernels.reference import rotate
+from tprt.kernels.triton_ops import window
 from tprt.kernels.triton_ops.window import window_attend
 from tprt.kernels.window import window_attention
 from tprt.layers.rotary import RotaryAngles
+from tprt.layers.window_attention import split_window_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOTS = 8
@@ -67,5 +69,42 @@ def test_a_ring_of_several_parts():
     run_both(passes, 4, 16, 130, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_ring_that_no_tile_divides(dtype):
+    """48 places, of which tiles of 32 and of 64 cover more."""
+    run_both(growing({2: 0, 5: 0}, [(40, 3), (1, 45)], 3), 4, 16, 40, dtype)
+
+
 def test_the_first_token():
     run_both(growing({4: 0}, [], 3), 4, 16, 17, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "keys"), [(10, 17), (3, 200), (16, 130)])
+def test_partial_results_take_what_is_planned(heads, keys, dtype, monkeypatch):
+    """Of a decode step of five rows: all it allocates in float32."""
+    spec, taken = WindowSpec(16, keys), []
+
+    class Torch:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        def empty(self, *shape, **options):
+            made = torch.empty(*shape, **options)
+            taken.append((made.nbytes, len(shape)))
+            return made
+
+    class NotRun:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(window, "torch", Torch())
+    for kernel in ("_step_kernel", "_merge_kernel"):
+        monkeypatch.setattr(window, kernel, NotRun())
+    ((rows, _),) = growing(dict.fromkeys(range(5), 3), [], 1)
+    qkv = torch.empty(5, heads + 2, 16, dtype=dtype, device=DEVICE)
+    kv = torch.empty(SLOTS, 2, spec.ring, 16, dtype=dtype, device=DEVICE)
+    angles = torch.empty(5, 1, 8, device=DEVICE)
+    window_attend(qkv, angles, angles, kv, segments(rows, True), keys, 1.0)
+    partial = sum(count for count, dims in taken if dims == 4)  # the result has three
+    assert partial == split_window_bytes(5, spec, heads, dtype)

@@ -1,4 +1,4 @@
-"""tprt: tensor-parallel inference for Persimmon-8B and models like it.
+"""tprt: tensor-parallel inference for Persimmon-8B, RecurrentGemma and models like them.
 
 Importing the package is cheap; torch is imported when ``LLM`` is first used.
 """

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeVar, cast
 
 import torch
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +55,18 @@ class Segments:
         """int64 [T], which sequence each token is of."""
         return self._rows(i for i, count in enumerate(self.query_lens) for _ in range(count))
 
-    def extend(self, before: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(
+        self, before: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``before`` [B, K, W] put in front of each sequence's rows of ``x`` [T, W].
 
         Returns:
-            [T + B K, W], and int64 [T]: where in it the K + 1 rows begin that end with each token's own.
+            [T + B K, W], and int64 [T]: where in it the K + 1 rows begin that end with each token's own;
+            None for one after the other from the first on.
         """
         count, extra = len(before), before.shape[1]
-        if self.starts is None:
-            rows = torch.arange(count, device=x.device)
-            return torch.cat([before, x.unsqueeze(1)], dim=1).flatten(0, 1), rows * (extra + 1)
         if count == 1:
-            return torch.cat([before[0], x]), torch.arange(len(x), device=x.device)
+            return torch.cat([before[0], x]), None
         rows = torch.arange(len(x), device=x.device) + self.index * extra
         ext = x.new_empty(len(x) + count * extra, x.shape[1])
         ext[rows + extra] = x
@@ -75,14 +78,26 @@ class Segments:
 
     def tail(self, count: int) -> torch.Tensor:
         """int64: rows of the last ``count`` tokens of each sequence, of all where it has fewer."""
-        ends = accumulate(self.query_lens)
-        pairs = zip(ends, self.query_lens, strict=True)
-        return self._rows(row for end, n in pairs for row in range(end - min(n, count), end))
+        pairs = zip(accumulate(self.query_lens), self.query_lens, strict=True)
+        rows = (row for end, n in pairs for row in range(end - min(n, count), end))
+        return self.once(("tail", count), lambda: self._rows(rows))
+
+    def once(self, key: object, make: Callable[[], Made]) -> Made:
+        """What every layer asks for again, made by the first."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(Made, self._made[key])
+
+    @cached_property
+    def _made(self) -> dict[object, object]:
+        return {}
 
     def _rows(self, values: Iterable[int]) -> torch.Tensor:
         if self.starts is None:  # one row each, and nothing may come from the host
             return torch.arange(len(self.query_lens), device=self.slots.device)
-        return torch.tensor(list(values), dtype=torch.int64, device=self.slots.device)
+        host, device = torch.tensor(list(values), dtype=torch.int64), self.slots.device
+        # Pageable memory would make the copy wait for all that was launched before.
+        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

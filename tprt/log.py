@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 LOG_FORMATS = ("text", "json")
@@ -22,6 +23,12 @@ logging.getLogger("tprt").addHandler(logging.NullHandler())
 
 def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
+
+
+@cache
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """A warning that this process gives no second time."""
+    logger.warning("%s", message)
 
 
 def setup_cli_logging(level: str = "info", log_format: str = "text") -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tprt.bench.command import add_flags, check_flags, named_config, run_bench
-from tprt.config import EngineConfig, PersimmonConfig, config_from_hf
+from tprt.config import EngineConfig, ModelConfig, config_from_hf
 from tprt.errors import EXIT_OK, ConfigError, TprtError
 from tprt.log import setup_cli_logging
 
@@ -67,16 +67,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _config(name: str) -> PersimmonConfig:
-    from tprt.bench.synthetic import require_persimmon
-
+def _config(name: str) -> ModelConfig:
     if (known := named_config(name)) is not None:
         return known
     if name.endswith(".json"):
-        return require_persimmon(config_from_hf(json.loads(Path(name).read_text("utf-8"))))
+        return config_from_hf(json.loads(Path(name).read_text("utf-8")))
     from tprt.checkpoint import open_checkpoint
 
-    return require_persimmon(open_checkpoint(name).config)
+    return open_checkpoint(name).config
 
 
 if __name__ == "__main__":

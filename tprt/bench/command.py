@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from tprt.config import EngineConfig, ModelConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ def _check_zeros(args: argparse.Namespace, ranks: int) -> None:
             raise ConfigError(f"{flag} with {args.bench}", hint="it goes with sparsity")
 
 
-def named_config(name: str) -> PersimmonConfig | None:
-    """The config of "persimmon-8b", -400m, -100m or "toy"; None for any other text."""
-    from tprt.bench.synthetic import CONFIGS
+def named_config(name: str) -> ModelConfig | None:
+    """The config of a model of ``named_models``; None for any other text."""
+    from tprt.bench.named_models import CONFIGS
 
     return CONFIGS.get(name)
 
@@ -203,13 +203,13 @@ class Job:
 
     args: argparse.Namespace
     engine: EngineConfig
-    config: PersimmonConfig
+    config: ModelConfig
     name: str
     tp: "TPGroup"
     say: Say
 
     @property
-    def subject(self) -> "tuple[PersimmonConfig, str, EngineConfig, TPGroup]":
+    def subject(self) -> "tuple[ModelConfig, str, EngineConfig, TPGroup]":
         return self.config, self.name, self.engine, self.tp
 
     @property
@@ -243,9 +243,7 @@ def run_bench(
         device: None is this rank's GPU, else the CPU.
         options: of ``LLM`` beside the engine's, where a checkpoint is measured.
     """
-    from tprt.bench.synthetic import require_persimmon
-
-    model = None if given is None else (require_persimmon(given[0]), given[1])
+    model = given
     if args.bench == "scheduler":
         from tprt.bench.scheduler import scheduler
 
@@ -277,7 +275,7 @@ def run_bench(
         tp.close()
 
 
-def _default_model(args: argparse.Namespace, device_type: str) -> tuple[PersimmonConfig, str]:
+def _default_model(args: argparse.Namespace, device_type: str) -> tuple[ModelConfig, str]:
     full = args.bench in FULL_SIZE and device_type == "cuda"
     # Of small matrices even a step that skips much is mostly something else.
     small = "persimmon-100m" if args.zeros is None else "persimmon-400m"
@@ -290,7 +288,7 @@ def _default_model(args: argparse.Namespace, device_type: str) -> tuple[Persimmo
 def _bytes(
     args: argparse.Namespace,
     engine: EngineConfig,
-    model: tuple[PersimmonConfig, str] | None,
+    model: tuple[ModelConfig, str] | None,
     device: str | None,
     say: Say,
 ) -> "Report":

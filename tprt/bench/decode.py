@@ -1,7 +1,7 @@
 """Decode steps at given batch sizes and contexts: tokens per second, and the share of the bandwidth.
 
-Contexts are filled with random keys and values (``filled``), so that a long one costs no prefill. A
-trace of some steps then says whether the host was in the way.
+Contexts are filled with random keys and values (``filled``), so that a long one costs no prefill; state
+per sequence is computed, once. A trace of some steps then says whether the host was in the way.
 """
 
 import statistics
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from tprt.bench.decode_sizes import DecodeSizes, StepBytes, decode_settings, fitted, step_bytes
+from tprt.bench.costs import StepBytes, step_bytes
+from tprt.bench.decode_sizes import DecodeSizes, decode_settings, fitted
 from tprt.bench.device_timing import Ceilings, measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, decode_seconds, fill_cache, prompts_of, start, stop
 from tprt.bench.one_rank import lone_rank
@@ -22,7 +23,7 @@ from tprt.bench.step_trace import count_steps, steps_range, trace_path, traced
 from tprt.bench.synthetic import random_engine, trimmed
 from tprt.bench.transformers_decode import DecodePeer
 from tprt.bench.transformers_peer import TransformersPeer, fastest
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 from tprt.errors import ConfigError
@@ -31,7 +32,7 @@ CHECKED_TOKENS = 24  # of the prompt on which the peer must give our logits
 
 
 def decode(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,
@@ -208,7 +209,7 @@ def _trace(
 
 
 def _projections(
-    config: PersimmonConfig,
+    config: ModelConfig,
     dtype: torch.dtype,
     ranks: int,
     cells: list[dict[str, Any]],

@@ -1,4 +1,4 @@
-"""What decode steps are measured at: batches and contexts, the bytes a step needs, the cache they take.
+"""What decode steps are measured at: batches and contexts, and the cache they take.
 
 Nothing here runs.
 """
@@ -8,16 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from tprt.bench.filled import WARM_UP_STEPS, blocks_needed
-from tprt.bench.latency import weight_bytes
+from tprt.bench.filled import WARM_UP_STEPS, blocks_needed, steps_to_begin
 from tprt.bench.report import Say
 from tprt.bench.synthetic import cache_memory
-from tprt.config import EngineConfig, PersimmonConfig
-from tprt.distributed.vocabulary import Vocabulary
+from tprt.config import EngineConfig, ModelConfig
 from tprt.engine.llm_engine import LLMEngine
-from tprt.engine.memory_plan import plan_ranks
 
 
 @dataclass(frozen=True)
@@ -46,34 +41,8 @@ class DecodeSizes:
 TOY = DecodeSizes((1, 3), (16, 40), steps=6, repeats=2, traced=3)
 
 
-@dataclass(frozen=True)
-class StepBytes:
-    """What a rank reads in a decode step: every matrix once, and the keys and values of the batch.
-
-    Args:
-        down: of ``weights``, those of the down projections.
-    """
-
-    weights: int
-    kv_per_token: int
-    down: int
-
-    def of(self, batch: int, context: float, live: float = 1.0) -> float:
-        """Args: live: share of the neurons that fire for any of the batch, where others are skipped."""
-        return self.weights - (1 - live) * self.down + batch * context * self.kv_per_token
-
-
-def step_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, tp_size: int, vocabulary: Vocabulary | None = None
-) -> StepBytes:
-    kv = plan_ranks(config, tp_size, dtype, config.max_position_embeddings)[0].kv_per_token
-    down = config.num_hidden_layers * config.hidden_size * config.intermediate_size // tp_size
-    weights = weight_bytes(config, dtype, tp_size, vocabulary)
-    return StepBytes(weights, kv, down * dtype.itemsize)
-
-
 def decode_settings(
-    config: PersimmonConfig,
+    config: ModelConfig,
     engine: EngineConfig,
     sizes: DecodeSizes,
     alone: bool,
@@ -87,14 +56,19 @@ def decode_settings(
     """
     limit = engine.resolve_max_model_len(config)
     # A block more than tokens need, as admission asks for one.
-    length = min(limit, max(sizes.contexts) + sizes.new_tokens + 1 + engine.block_size)
+    length = max(sizes.contexts) + sizes.new_tokens + 1 + engine.block_size
+    if not config.is_bounded:
+        # Contexts are computed, and the first sequences draw tokens meanwhile.
+        length += steps_to_begin(engine, max(sizes.batches) * [range(max(sizes.contexts) + 1)])
+    length = min(limit, length)
     memory = engine.kv_cache_memory
     if memory is None and not alone:
         needs = [
             batch * blocks_needed(min(context, length), sizes.new_tokens, engine.block_size)
             for batch, context in sizes.cells
         ]
-        wanted = [cache_memory(config, engine, 1, need) for need in needs]  # one rank
+        slots = replace(engine, max_num_seqs=max(sizes.batches))
+        wanted = [cache_memory(config, slots, 1, need) for need in needs]  # one rank
         memory = max((m for m in wanted if m <= room), default=min(wanted))
     return replace(
         engine,
@@ -116,7 +90,7 @@ def fitted(
         found["shortened_from"] = asked
         say(f"context {asked} is shortened to {context}: the model has no more positions")
     need = batch * blocks_needed(context, sizes.new_tokens, engine.config.block_size)
-    if need > engine.blocks.capacity:
+    if engine.runner.is_paged and need > engine.blocks.capacity:
         found["skipped"] = f"{need} KV blocks needed, {engine.blocks.capacity} there"
         say(f"batch {batch:3} context {context:6}: skipped, {found['skipped']}")
     return found

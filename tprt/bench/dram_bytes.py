@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from tprt.bench.named_models import require_persimmon
 from tprt.bench.report import Report, Say, device_name
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.errors import TprtError
 
 CONTEXT = 512
@@ -36,7 +37,7 @@ FLAGS = (
 
 
 def dram_bytes(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine: EngineConfig,
     device: str,
@@ -49,8 +50,10 @@ def dram_bytes(
     """The bytes of one eager step of one sequence.
 
     Raises:
+        ConfigError: the model is not a Persimmon.
         TprtError: the process that runs it failed, or ncu saw nothing.
     """
+    require_persimmon(config, "bytes")
     step = {
         "config": asdict(config), "engine": asdict(engine), "device": device,
         "zeros": zeros, "trim": trim, "context": context,

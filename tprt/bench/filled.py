@@ -1,8 +1,9 @@
-"""Sequences that decode at a given context at once: their keys and values are random, not computed.
+"""Sequences that decode at a given context: where a cache is paged, at once and over random values.
 
 A prompt's blocks are entered in the block manager as if an earlier request had computed them. The engine
 then finds them as it finds any shared beginning, computes the last token alone, and decodes: scheduler,
-records, look-ahead and graphs are those of every day. Knows the engine; no models and no peers.
+records, look-ahead and graphs are those of every day. State per sequence cannot be entered so: such a
+context is computed, once if a snapshot of it stays. Knows the engine; no models and no peers.
 """
 
 import random
@@ -13,9 +14,11 @@ import torch
 
 from tprt.bench.synthetic import greedy, random_prompt
 from tprt.cache.block_manager import BlockManager, extend_block_keys
+from tprt.config import EngineConfig
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.model_runner import ModelRunner
+from tprt.engine.scheduler import SNAPSHOT_TOKENS
 from tprt.engine.sequence import Sequence
 from tprt.errors import ConfigError
 
@@ -24,7 +27,12 @@ WARM_UP_STEPS = 4
 
 @torch.inference_mode()
 def fill_cache(runner: ModelRunner, like: ModelRunner | None = None) -> None:
-    """Random keys and values in every block of this rank; those of ``like``, which has as many."""
+    """Random keys and values in every block of this rank; those of ``like``, which has as many.
+
+    Other caches stay as they are: their contexts get computed.
+    """
+    if not runner.is_paged:
+        return
     for layer, cache in enumerate(runner.kv_caches):
         if like is None:
             cache.kv.normal_()
@@ -82,6 +90,8 @@ def start(engine: LLMEngine, prompts: Listed[list[int]], new_tokens: int) -> lis
     Raises:
         ConfigError: the KV cache does not hold them.
     """
+    if not engine.runner.is_paged:
+        return _begin(engine, prompts, new_tokens + steps_to_begin(engine.config, prompts))
     size = engine.config.block_size
     need = sum(blocks_needed(len(prompt) - 1, new_tokens, size) for prompt in prompts)
     if need > engine.blocks.capacity:
@@ -91,11 +101,27 @@ def start(engine: LLMEngine, prompts: Listed[list[int]], new_tokens: int) -> lis
             hint="a smaller --batch or --context, or a larger engine.kv_cache_memory",
         )
     make_known(engine.blocks, prompts, size)
+    sequences = _begin(engine, prompts, new_tokens)
+    for sequence in sequences:
+        assert sequence.num_cached_tokens == (sequence.num_prompt_tokens - 1) // size * size
+    return sequences
+
+
+def steps_to_begin(config: EngineConfig, prompts: Listed[Listed[int]]) -> int:
+    """Most steps that computing all ``prompts`` takes, and so of tokens that the first one draws."""
+    tokens = sum(map(len, prompts))
+    # A chunk may stop short of the budget where a snapshot is due.
+    return 2 * (tokens // min(config.max_num_batched_tokens, SNAPSHOT_TOKENS) + len(prompts) + 1)
+
+
+def _begin(engine: LLMEngine, prompts: Listed[list[int]], new_tokens: int) -> list[Sequence]:
+    """Add them, and step until each has its first token.
+
+    A prompt that takes several steps lets those before it draw more than one: ``steps_to_begin``.
+    """
     sequences = [engine.add(greedy(prompt, new_tokens))[0] for prompt in prompts]
     while any(not sequence.token_ids for sequence in sequences):
         engine.step()
-    for sequence in sequences:
-        assert sequence.num_cached_tokens == (sequence.num_prompt_tokens - 1) // size * size
     return sequences
 
 

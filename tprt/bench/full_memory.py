@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tprt.bench.decode_sizes import StepBytes, step_bytes
+from tprt.bench.costs import StepBytes, step_bytes
 from tprt.bench.device_timing import Ceilings, measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, blocks_needed, decode_seconds, fill_cache, prompts_of
 from tprt.bench.report import Report, Say, device_name
 from tprt.bench.synthetic import random_engine
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.communication import gather_json
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.step_record import MAX_BUCKET
@@ -51,7 +51,7 @@ def limit_seconds(
 
 
 def full_memory(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,
@@ -66,6 +66,11 @@ def full_memory(
     ceilings = measure_ceilings(tp.device, toy) if tp.rank == 0 else None
     if tp.device.type == "cuda":
         torch.cuda.empty_cache()
+    if not config.is_bounded:
+        raise ConfigError(
+            "--context: this model's memory does not grow with it",
+            hint="tprt bench decode --batch N --context M",
+        )
     limit = engine_config.resolve_max_model_len(config)
     if context + 1 + sizes.new_tokens > limit:
         raise ConfigError(
@@ -131,7 +136,7 @@ def full_memory(
 
 
 def _settings(
-    config: PersimmonConfig, engine: EngineConfig, tp: TPGroup, context: int, sizes: FullSizes
+    config: ModelConfig, engine: EngineConfig, tp: TPGroup, context: int, sizes: FullSizes
 ) -> EngineConfig:
     """As many slots as sequences can fit, since slots cost memory too. Collective."""
     limit = engine.resolve_max_model_len(config)

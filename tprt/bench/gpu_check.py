@@ -46,6 +46,8 @@ FULL_MEMORY = {
     )
     for context, toy in ((2048, 32), (512, 16))
 }  # fmt: skip
+RG, RT = "recurrentgemma", "toy-recurrent"
+RECURRENT_TOY = f"decode --model {RT} --steps 2 --repeats 1"
 TUNE = "kernels --tune {out}/tiles.json --only norm"
 
 # Estimates are for one H200: 4.3 TB/s, 2 s for Triton to compile a kernel, 40 s until an engine of 8B
@@ -101,6 +103,23 @@ ONE: dict[str, tuple[int, Benches]] = {
     "ranks": (480, {
         f"share of TP {n}": (f"decode --shard {n} --context 512,2048", "decode --shard 2 --batch 1")
         for n in (2, 4, 8)
+    }),
+    # Lines of kernels 75 s. Contexts are computed: 16 prompts of 8,000 tokens at 40,000 tokens/s 4 s, in
+    # each of 5 runs; an engine of 2B 40 s, of 9B 60 s. The peer runs a loop in Python over the tokens of
+    # a prompt: 64 of them 0.2 s, 2,048 of them 5 s, 6 times.
+    "recurrent": (530, {
+        "kernels of 2B": (f"kernels --model {RG}-2b", f"kernels --model {RT} --only window"),
+        "2B": (
+            f"decode --model {RG}-2b --batch 1,16 --context 512,2100,8000",
+            f"{RECURRENT_TOY} --batch 1,3 --context 16,40",
+        ),
+        "9B": (f"decode --model {RG}-9b --batch 1 --context 2100,8000", f"{RECURRENT_TOY} --batch 1"),
+        "2B beside transformers": (
+            f"decode --model {RG}-2b --batch 1 --context 64 {PEER}", f"{RECURRENT_TOY} --batch 1 {PEER}"
+        ),
+        "prompts of 2B": (
+            f"prefill --model {RG}-2b --prompt 2048 {PEER}", f"prefill --model {RT} {PEER}"
+        ),
     }),
     # 24 tiles for up to 5 numbers of rows and 5 shapes, 0.4 s each, and 50 kernels to compile.
     "tune": (530, {
@@ -163,7 +182,7 @@ def _tests(cpu: bool, ranks: int) -> Stage:
     Tests marked gpu 240 s; some 650 variants of kernels, compiled in 4 processes, 120 s.
     """
     if cpu:
-        steps = [_pytest("tests", cpu, "test_gpu.py")]
+        steps = [_pytest("tests", cpu, "test_gpu.py", "test_gpu_recurrent.py")]
         if ranks == 1:
             collected = ("-m", "pytest", "--collect-only", "-q", *_files("test_triton_*.py"))
             steps.append(Step("Triton tests, collected", collected, "tests"))

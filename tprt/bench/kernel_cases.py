@@ -10,6 +10,7 @@ Legend: T tokens, R rows, B sequences, H heads of one rank, D head width, N bloc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 
@@ -61,19 +62,141 @@ FULL = Shapes(
 TOY = Shapes((1, 3, 17), (1, 3), (16, 150), (1, 3), (20,))
 
 
-GROUPS = (
-    "norms", "rotary_and_store", "matrices", "down", "head", "decode_attention", "prefill_attention",
-)  # fmt: skip
+class CaseMaker:
+    """What the cases of all models share, for one body of the kernels at the sizes of a rank.
 
-
-class Cases:
-    """The cases of one body of the kernels, at the sizes of rank 0 of ``shard`` ranks.
-
-    Each of GROUPS is a method that makes them one by one: what the last one held is free by then.
+    Each of ``groups`` is a method that makes cases one by one: what the last one held is free by then.
 
     Args:
         body: how ``kernels`` is called in the result.
+        shard: ranks that share the model.
     """
+
+    groups: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        body: str,
+        shard: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        shapes: Shapes,
+    ) -> None:
+        self.kernels, self.body, self.shard = kernels, body, shard
+        self.dtype, self.device, self.shapes = dtype, device, shapes
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def case(
+        self,
+        operation: str,
+        shape: str,
+        calls: Sequence[Call],
+        read: float,
+        written: float,
+        operations: float = 0.0,
+        body: str | None = None,
+    ) -> Case:
+        """``read`` and ``written`` are words of the model's dtype."""
+        size = self.dtype.itemsize
+        return Case(
+            operation, shape, body or self.body, calls, read * size, written * size, operations
+        )
+
+    def norm_cases(self, width: int, norm: Norm) -> Iterator[Case]:
+        for rows in self.shapes.norm_rows:
+            xs = [self.randn(rows, width) for _ in range(num_sets(rows * width * 6, self.device))]
+            residual, bias = self.randn(rows, width), self.randn(width)
+            yield self.case(
+                "layer_norm",
+                f"{rows} rows",
+                [partial(self.kernels.layer_norm, x, norm) for x in xs],
+                rows * width,
+                rows * width,
+            )
+            added = [partial(self.kernels.add_layer_norm, x, bias, residual, norm) for x in xs]
+            yield self.case(
+                "add_layer_norm", f"{rows} rows", added, 2 * rows * width, 2 * rows * width
+            )
+
+    def column_cases(self, name: str, inputs: int, outputs: int, product: str) -> Iterator[Case]:
+        """``product`` of the kernels on a weight [outputs, inputs] and a bias."""
+        bias = self.randn(outputs)
+        call = getattr(self.kernels, product)
+        yield from self._products(
+            name, inputs, outputs, lambda x, weight: partial(call, x, weight, bias)
+        )
+
+    def row_cases(self, name: str, inputs: int, outputs: int, norm: Norm) -> Iterator[Case]:
+        """A product that ends in bias, residual and norm, where no all-reduce comes first."""
+        bias = self.randn(outputs)
+
+        def call(x: torch.Tensor, weight: torch.Tensor) -> Call:
+            if self.shard > 1:
+                return partial(self.kernels.linear, x, weight)
+            residual = self.randn(len(x), outputs)
+            product = self.kernels.linear_add_layer_norm
+            return partial(product, x, weight, bias, residual, norm)
+
+        yield from self._products(name, inputs, outputs, call)
+
+    def _products(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        call: Callable[[torch.Tensor, torch.Tensor], Call],
+    ) -> Iterator[Case]:
+        count = num_sets(inputs * outputs * self.dtype.itemsize, self.device)
+        weights = [
+            self.kernels.pack_weight(self.randn(outputs, inputs).mul_(0.02)) for _ in range(count)
+        ]
+        for rows in self.shapes.rows:
+            x = self.randn(rows, inputs)
+            yield self.case(
+                name,
+                f"{rows} x {inputs} -> {outputs}",
+                [call(x, weight) for weight in weights],
+                inputs * outputs + rows * inputs,
+                rows * outputs,
+                2 * rows * inputs * outputs,
+            )
+
+    def head_cases(self, hidden: int, part: int) -> Iterator[Case]:
+        """Every other row greedy, the rest with noise: what a graph always computes."""
+        count = num_sets(hidden * part * self.dtype.itemsize, self.device)
+        weights = [
+            self.kernels.pack_weight(self.randn(part, hidden).mul_(0.02)) for _ in range(count)
+        ]
+        ids = torch.arange(part, device=self.device)
+        for rows in self.shapes.rows:
+            index = torch.arange(rows, device=self.device)
+            noise = Noise(
+                temperature=torch.ones(rows, device=self.device),
+                greedy=index % 2 == 0,
+                keys=index * 7919,
+                positions=index + 100,
+            )
+            x = self.randn(rows, hidden)
+            yield self.case(
+                "linear_argmax",
+                f"{rows} x {hidden} -> {part}",
+                [partial(self.kernels.linear_argmax, x, w, noise, ids, part) for w in weights],
+                hidden * part + rows * hidden,
+                0,
+                2 * rows * hidden * part,
+            )
+
+
+class Cases(CaseMaker):
+    """The cases of a Persimmon."""
+
+    groups = (
+        "norms", "rotary_and_store", "matrices", "down", "head", "decode_attention",
+        "prefill_attention",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -85,50 +208,16 @@ class Cases:
         device: torch.device,
         shapes: Shapes,
     ) -> None:
-        self.kernels, self.body, self.config, self.shard = kernels, body, config, shard
-        self.dtype, self.device, self.shapes = dtype, device, shapes
+        super().__init__(kernels, body, shard, dtype, device, shapes)
+        self.config = config
         self.heads, self.head_dim = config.num_attention_heads // shard, config.head_dim
-        self.norm = self._norm(config.hidden_size)
-
-    def randn(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, dtype=self.dtype, device=self.device)
-
-    def _norm(self, width: int) -> Norm:
-        return Norm(self.randn(width), self.randn(width), self.config.layer_norm_eps)
-
-    def _case(
-        self,
-        operation: str,
-        shape: str,
-        calls: Sequence[Call],
-        read: float,
-        written: float,
-        operations: float = 0.0,
-        body: str | None = None,
-    ) -> Case:
-        size = self.dtype.itemsize
-        return Case(
-            operation, shape, body or self.body, calls, read * size, written * size, operations
-        )
+        width = config.hidden_size
+        self.norm = Norm(self.randn(width), self.randn(width), config.layer_norm_eps)
 
     # ------------------------------------------------------------ per token
 
     def norms(self) -> Iterator[Case]:
-        width = self.config.hidden_size
-        for rows in self.shapes.norm_rows:
-            xs = [self.randn(rows, width) for _ in range(num_sets(rows * width * 6, self.device))]
-            residual, bias = self.randn(rows, width), self.randn(width)
-            yield self._case(
-                "layer_norm",
-                f"{rows} rows",
-                [partial(self.kernels.layer_norm, x, self.norm) for x in xs],
-                rows * width,
-                rows * width,
-            )
-            added = [partial(self.kernels.add_layer_norm, x, bias, residual, self.norm) for x in xs]
-            yield self._case(
-                "add_layer_norm", f"{rows} rows", added, 2 * rows * width, 2 * rows * width
-            )
+        return self.norm_cases(self.config.hidden_size, self.norm)
 
     def rotary_and_store(self) -> Iterator[Case]:
         heads, dim, config = self.heads, self.head_dim, self.config
@@ -151,50 +240,17 @@ class Cases:
                 partial(self.kernels.qk_norm_rotary_store, qkv, norms, cos, sin, cache, slots)
                 for qkv in qkvs
             ]
-            yield self._case("qk_norm_rotary_store", f"{rows} rows", calls, words, words)
+            yield self.case("qk_norm_rotary_store", f"{rows} rows", calls, words, words)
 
     # ------------------------------------------------------------ matrices
 
     def matrices(self) -> Iterator[Case]:
         """All of a layer but ``down``. On a single rank a row-parallel one ends in the LayerNorm."""
-        config, kernels = self.config, self.kernels
-        hidden, ffn = config.hidden_size, config.intermediate_size // self.shard
+        hidden, ffn = self.config.hidden_size, self.config.intermediate_size // self.shard
         local = hidden // self.shard
-        bias = {n: self.randn(n) for n in (hidden, 3 * local, ffn)}
-
-        def column(
-            product: Callable[..., object], x: torch.Tensor, weight: torch.Tensor, out: int
-        ) -> Call:
-            return partial(product, x, weight, bias[out])
-
-        def row(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> Call:
-            if self.shard > 1:
-                return partial(kernels.linear, x, weight)
-            product = kernels.linear_add_layer_norm
-            return partial(product, x, weight, bias[hidden], residual, self.norm)
-
-        for name, inputs, outputs in (
-            ("qkv", hidden, 3 * local), ("o", local, hidden), ("up", hidden, ffn),
-        ):  # fmt: skip
-            count = num_sets(inputs * outputs * self.dtype.itemsize, self.device)
-            weights = [
-                kernels.pack_weight(self.randn(outputs, inputs).mul_(0.02)) for _ in range(count)
-            ]
-            for rows in self.shapes.rows:
-                x, residual = self.randn(rows, inputs), self.randn(rows, hidden)
-                if name in ("qkv", "up"):
-                    product = kernels.linear if name == "qkv" else kernels.linear_squared_relu
-                    calls = [column(product, x, weight, outputs) for weight in weights]
-                else:
-                    calls = [row(x, weight, residual) for weight in weights]
-                yield self._case(
-                    name,
-                    f"{rows} x {inputs} -> {outputs}",
-                    calls,
-                    inputs * outputs + rows * inputs,
-                    rows * outputs,
-                    2 * rows * inputs * outputs,
-                )
+        yield from self.column_cases("qkv", hidden, 3 * local, "linear")
+        yield from self.row_cases("o", local, hidden, self.norm)
+        yield from self.column_cases("up", hidden, ffn, "linear_squared_relu")
 
     def down(self) -> Iterator[Case]:
         """The last matrix of a layer, read as a whole, and skipping with few of its inputs not 0."""
@@ -220,7 +276,7 @@ class Cases:
                 read = ((x != 0).any(dim=0).double().mean().item() if sparse_rows else 1.0) * ffn
                 kernels.sparse_rows = sparse_rows
                 try:  # until the next case is asked for, this one is timed
-                    yield self._case(
+                    yield self.case(
                         operation,
                         f"{rows} x {ffn} -> {hidden}",
                         [call(x, weight, residual) for weight in weights],
@@ -232,30 +288,8 @@ class Cases:
                     kernels.sparse_rows = usual
 
     def head(self) -> Iterator[Case]:
-        """Every other row greedy, the rest with noise: what a graph always computes."""
-        hidden, part = self.config.hidden_size, padded_part(self.config.vocab_size, self.shard)
-        count = num_sets(hidden * part * self.dtype.itemsize, self.device)
-        weights = [
-            self.kernels.pack_weight(self.randn(part, hidden).mul_(0.02)) for _ in range(count)
-        ]
-        ids = torch.arange(part, device=self.device)
-        for rows in self.shapes.rows:
-            index = torch.arange(rows, device=self.device)
-            noise = Noise(
-                temperature=torch.ones(rows, device=self.device),
-                greedy=index % 2 == 0,
-                keys=index * 7919,
-                positions=index + 100,
-            )
-            x = self.randn(rows, hidden)
-            yield self._case(
-                "linear_argmax",
-                f"{rows} x {hidden} -> {part}",
-                [partial(self.kernels.linear_argmax, x, w, noise, ids, part) for w in weights],
-                hidden * part + rows * hidden,
-                0,
-                2 * rows * hidden * part,
-            )
+        part = padded_part(self.config.vocab_size, self.shard)
+        return self.head_cases(self.config.hidden_size, part)
 
     # ------------------------------------------------------------ attention
 
@@ -279,7 +313,7 @@ class Cases:
             q = self.randn(batch, heads, dim)
             plans = [planner.plan_decode(table, lengths) for table in tables]
             words = batch * context * heads * dim
-            yield self._case(
+            yield self.case(
                 "decode attention",
                 f"{batch} x context {context}",
                 [partial(plan, q, cache, dim**-0.5) for plan in plans],
@@ -303,7 +337,7 @@ class Cases:
                 if body is not None:
                     setattr(planner, "prefill_body", body)  # noqa: B010
                 plan = planner.plan(table, [tokens], [0])
-                yield self._case(
+                yield self.case(
                     "prefill attention",
                     f"{tokens} tokens",
                     [partial(plan, q, cache, dim**-0.5)],

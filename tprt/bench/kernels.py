@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from tprt.bench.device_timing import Call, Ceilings, measure_ceilings, time_calls, triton_interprets
-from tprt.bench.kernel_cases import FULL, GROUPS, TOY, Case, Cases
+from tprt.bench.kernel_cases import FULL, TOY, Case, CaseMaker, Cases, Shapes
+from tprt.bench.named_models import require_persimmon
+from tprt.bench.recurrent_cases import RecurrentCases
 from tprt.bench.report import Report, Say, device_name
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig, PersimmonConfig, RecurrentGemmaConfig
 from tprt.distributed.sharding import padded_part
 from tprt.errors import ConfigError
-from tprt.kernels import kernels_for, use_kernels
+from tprt.kernels import Kernels, kernels_for, use_kernels
 
 BUDGET, TOY_BUDGET = 0.15, 0.0  # seconds of repeats per line
 
@@ -28,7 +30,7 @@ def bodies_on(device: torch.device) -> tuple[str, ...]:
 
 
 def kernels(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     device: torch.device,
@@ -45,6 +47,9 @@ def kernels(
         shard: sizes are those of rank 0 of so many.
         only: operations whose name contains this.
         tune: where tile sizes found for this device are written; None tunes nothing.
+
+    Raises:
+        ConfigError: no operation is called ``only``, or ``tune`` with another model than a Persimmon.
     """
     config.validate_parallel(shard)
     dtype: torch.dtype = getattr(torch, engine_config.dtype)
@@ -53,7 +58,9 @@ def kernels(
     say(f"ceilings of this run: {shown}")
     details: dict[str, Any] = {"ceilings": ceilings.to_json()}
     if tune is not None:
-        details["tuned"] = tune_tiles(config, shard, dtype, device, tune, toy, say)
+        details["tuned"] = tune_tiles(
+            require_persimmon(config, "--tune"), shard, dtype, device, tune, toy, say
+        )
     say(f"{'operation':21} {'shape':24} {'body':10} {'us':>10} {'rate':>14} {'of floor':>9}")
     lines = []
     with torch.inference_mode():
@@ -62,9 +69,9 @@ def kernels(
             with use_kernels(body):
                 chosen = kernels_for(device)
             shapes = TOY if toy else FULL
-            everything.append(Cases(chosen, chosen.name, config, shard, dtype, device, shapes))
+            everything.append(_cases(chosen, config, shard, dtype, device, shapes))
         failed: list[dict[str, str]] = []
-        for group, cases in product(GROUPS, everything):
+        for group, cases in product(everything[0].groups, everything):
             try:
                 for case in getattr(cases, group)():
                     if only is None or only in case.operation:
@@ -87,6 +94,20 @@ def kernels(
         settings={"shard": shard, "toy": toy, "only": only},
         details={**details, "lines": lines, "failed": failed},
     )
+
+
+def _cases(
+    kernels: Kernels,
+    config: ModelConfig,
+    shard: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: Shapes,
+) -> CaseMaker:
+    if isinstance(config, RecurrentGemmaConfig):
+        return RecurrentCases(kernels, kernels.name, config, shard, dtype, device, shapes)
+    config = require_persimmon(config, "kernels")
+    return Cases(kernels, kernels.name, config, shard, dtype, device, shapes)
 
 
 def measure(case: Case, device: torch.device, ceilings: Ceilings, budget: float) -> dict[str, Any]:

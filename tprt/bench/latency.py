@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tprt.bench.costs import weight_bytes
 from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio, read_bandwidth
 from tprt.bench.synthetic import (
     cache_memory,
@@ -19,11 +20,9 @@ from tprt.bench.synthetic import (
     run_requests,
 )
 from tprt.bench.transformers_peer import TransformersPeer, fastest
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
-from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
-from tprt.models.persimmon import PersimmonForCausalLM
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 TOY = 8, 6
@@ -36,18 +35,8 @@ def generate(engine: LLMEngine, prompt: list[int], new_tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def weight_bytes(
-    config: PersimmonConfig, dtype: torch.dtype, tp_size: int, vocabulary: Vocabulary | None = None
-) -> int:
-    """Bytes of weights that a rank reads per token: all but the rows of the embedding."""
-    tp = TPGroup(0, tp_size, torch.device("meta"))
-    model = PersimmonForCausalLM(config, tp, dtype, vocabulary=vocabulary)
-    rows = 0 if config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
-    return (sum(p.numel() for p in model.parameters()) - rows) * dtype.itemsize
-
-
 def latency(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,
@@ -63,6 +52,7 @@ def latency(
     require_length(config, settings, prompt_tokens + new_tokens)
     if vs is not None and settings.kv_cache_memory is None:
         blocks = -(-(prompt_tokens + new_tokens) // settings.block_size) + 1
+        settings = replace(settings, max_num_seqs=1)
         settings = replace(settings, kv_cache_memory=cache_memory(config, settings, 1, blocks))
     dtype: torch.dtype = getattr(torch, settings.dtype)
     engine = random_engine(config, tp, settings)

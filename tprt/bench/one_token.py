@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from tprt.bench.decode_sizes import DecodeSizes, decode_settings, step_bytes
+from tprt.bench.costs import step_bytes
+from tprt.bench.decode_sizes import DecodeSizes, decode_settings
 from tprt.bench.filled import fill_cache, prompts_of, start, stop
 from tprt.bench.live import LiveShares, skips, watched
-from tprt.bench.synthetic import PERSIMMON_8B, random_engine, trimmed
+from tprt.bench.named_models import PERSIMMON_8B
+from tprt.bench.synthetic import random_engine, trimmed
 from tprt.config import EngineConfig, PersimmonConfig
 from tprt.distributed.tp_group import TPGroup
 

@@ -2,11 +2,15 @@
 
 python -m tprt.bench.picture docs/bench/FILE.json ... -o docs/bench/decode-zeros.svg
 
+Reports of ``tprt bench decode --zeros`` become speed against the share of zeros; those of ``tprt bench
+decode`` with several contexts the time of a step against the context, all in one panel.
+
 Needs matplotlib (``pip install tprt[plot]``). A picture of the same reports is the same file. Knows
 reports; no engine.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +27,7 @@ COLOURS = {
     "transformers": "#e8590c",
     "limit": "#212529",
 }
+LINES = "#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e"
 NAMES = {"sparse": "tprt, zeros skipped", "dense": "tprt, everything read"}
 
 
@@ -70,9 +75,7 @@ def draw_zeros(reports: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _panels(report: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The cells of the smallest context, by batch and there by zeros."""
-    details = report.get("details")
-    told = details.get("cells", ()) if isinstance(details, dict) else ()
-    cells = [c for c in told if isinstance(c, dict) and "dense_limit_tokens_per_s" in c]
+    cells = [c for c in _cells(report) if "dense_limit_tokens_per_s" in c]
     if report.get("bench") != "decode" or not cells:
         raise ConfigError(
             f"a report of {report.get('bench')!r} without zeros cannot be drawn",
@@ -121,6 +124,64 @@ def _panel(axis: Any, report: dict[str, Any], cells: list[dict[str, Any]]) -> No
     axis.grid(alpha=0.25)
     # Below: on some machines lines are everywhere inside.
     axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+def draw_contexts(reports: Sequence[dict[str, Any]], path: Path) -> None:
+    """Milliseconds of a decode step against the tokens before it, a line for each report.
+
+    Args:
+        reports: of ``tprt bench decode``; of each its smallest batch is shown.
+
+    Raises:
+        ConfigError, OutputError: as ``draw_zeros``.
+    """
+    check_picture(path)
+    figure, ((axis,),) = _figure(1, 1)
+    for report, colour in zip(reports, itertools.cycle(LINES), strict=False):
+        batch, cells = _by_context(report)
+        steps = report["settings"]["steps"]
+        ms = [cell["ms_per_step"] for cell in cells]
+        # "spread" is (largest - smallest) / median: all runs lie within it on either side.
+        bars = [value * cell["spread"] / 2 for value, cell in zip(ms, cells, strict=True)]
+        axis.errorbar(
+            [cell["context"] for cell in cells], ms, yerr=bars, marker="o", markersize=4,
+            capsize=2, linewidth=1.5, color=colour,
+            label=f"{report['model']}, batch {batch}, runs of {steps} steps",
+        )  # fmt: skip
+    axis.set_title(f"{reports[0]['dtype']}, {reports[0]['device']}", fontsize=9)
+    axis.set_xlabel("tokens before the step")
+    axis.set_ylabel("milliseconds per decode step")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8, loc="upper left")
+    _save(figure, path)
+
+
+def _by_context(report: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+    """The smallest batch, and its cells by context."""
+    cells = [c for c in _cells(report) if "ms_per_step" in c]
+    if report.get("bench") != "decode" or not cells:
+        raise ConfigError(
+            f"a report of {report.get('bench')!r} without contexts cannot be drawn",
+            hint="the JSON line of tprt bench decode --context 512,2048,8000",
+        )
+    batch = min(cell["batch"] for cell in cells)
+    return batch, sorted((c for c in cells if c["batch"] == batch), key=lambda c: c["context"])
+
+
+def _cells(report: dict[str, Any]) -> list[dict[str, Any]]:
+    details = report.get("details")
+    told = details.get("cells", ()) if isinstance(details, dict) else ()
+    return [cell for cell in told if isinstance(cell, dict)]
+
+
+def _contexts(report: dict[str, Any]) -> int:
+    return len({cell.get("context") for cell in _cells(report)})
+
+
+def _has_zeros(report: dict[str, Any]) -> bool:
+    return any("dense_limit_tokens_per_s" in cell for cell in _cells(report))
 
 
 def draw_sparsity(details: dict[str, Any], model: str, path: Path) -> None:
@@ -206,12 +267,16 @@ def main(arguments: Sequence[str]) -> int:
         type=Path,
         nargs="+",
         metavar="FILE.json",
-        help="of tprt bench decode --zeros; the smallest context of each is shown",
+        help="of tprt bench decode: with --zeros the smallest context of each is shown, else the "
+        "smallest batch",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.svg")
     args = parser.parse_args(arguments)
     try:
-        draw_zeros([read_report(path) for path in args.reports], args.output)
+        reports = [read_report(path) for path in args.reports]
+        # Several cells without zeros have contexts to compare; anything else is told what it lacks.
+        several = all(_contexts(report) > 1 and not _has_zeros(report) for report in reports)
+        (draw_contexts if several else draw_zeros)(reports, args.output)
     except TprtError as error:
         print(f"tprt.bench.picture: error: {error}", file=sys.stderr)
         return error.exit_code

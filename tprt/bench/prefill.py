@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from tprt.bench.costs import prefill_operations
 from tprt.bench.device_timing import measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, decode_seconds, fill_cache, prompts_of, start, stop
 from tprt.bench.report import Report, Run, Say, compare, device_name, median_ratio
 from tprt.bench.synthetic import cache_memory, greedy, random_engine, random_prompt
 from tprt.bench.transformers_peer import TransformersPeer
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 
@@ -45,20 +46,8 @@ class PrefillSizes:
 TOY = PrefillSizes((20, 50), rows=(1, 3), context=16, chunks=2, repeats=2, budget=24)
 
 
-def prefill_operations(config: PersimmonConfig, tokens: int) -> int:
-    """Multiplications and additions of a prompt up to its first token, over all ranks.
-
-    The last layer computes keys and attention of every token, the rest of it for one row alone.
-    """
-    hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    qkv, rest = 3 * hidden * hidden, hidden * hidden + 2 * hidden * ffn
-    matrices = layers * tokens * qkv + ((layers - 1) * tokens + 1) * rest
-    attention = layers * hidden * tokens * (tokens + 1)  # scores and values; causal: half of both
-    return 2 * (matrices + attention + hidden * config.vocab_size)
-
-
 def prefill(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,
@@ -133,9 +122,11 @@ def prefill(
 
 
 def _settings(
-    config: PersimmonConfig, engine: EngineConfig, sizes: PrefillSizes, tp_size: int
+    config: ModelConfig, engine: EngineConfig, sizes: PrefillSizes, tp_size: int
 ) -> EngineConfig:
     limit = engine.resolve_max_model_len(config)
+    if not config.is_bounded and engine.max_model_len is None:
+        limit = max(limit, (sizes.chunks + 1) * engine.max_num_batched_tokens + 1)
     # The model has to have positions for a prompt of so many steps, and for the token it draws.
     most = max(1, (limit - 1) // (sizes.chunks + 1))
     budget = min(sizes.budget or engine.max_num_batched_tokens, most)
@@ -143,13 +134,15 @@ def _settings(
     length = min(limit, longest)
     size, rows = engine.block_size, max(sizes.rows)
     blocks = -(-length // size) + 1 + rows * (-(-(sizes.context + 64) // size) + 1)
+    engine = replace(engine, max_num_seqs=max(sizes.rows) + 1)
     return replace(
         engine,
-        max_num_seqs=max(sizes.rows) + 1,
         max_num_batched_tokens=budget,
         max_model_len=length,
         kv_cache_memory=engine.kv_cache_memory or cache_memory(config, engine, tp_size, blocks),
-        enable_prefix_caching=True,  # how contexts are entered; every prompt is a new one
+        # How contexts are entered where a cache is paged; every prompt is a new one. Elsewhere a prompt
+        # would stop on its way for snapshots of it.
+        enable_prefix_caching=config.is_bounded,
     )
 
 

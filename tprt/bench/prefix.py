@@ -15,17 +15,17 @@ from tprt.bench.synthetic import (
     require_length,
     run_requests,
 )
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.step_record import StepRecord
 from tprt.kernels import use_kernels
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models import CausalLM
 
 REQUESTS, SHARED, OWN = 32, 1024, 16
 
 
 def _run(
-    model: PersimmonForCausalLM, settings: EngineConfig, prompts: list[list[int]]
+    model: CausalLM, settings: EngineConfig, prompts: list[list[int]]
 ) -> tuple[int, float, list[list[int]]]:
     """Prompt tokens that went through the model, counted in the records; seconds; what was drawn."""
     engine = make_engine(model, settings)
@@ -51,7 +51,7 @@ def _run(
 
 
 def prefix(
-    config: PersimmonConfig, name: str, engine_config: EngineConfig, tp: TPGroup, say: Say
+    config: ModelConfig, name: str, engine_config: EngineConfig, tp: TPGroup, say: Say
 ) -> Report | None:
     """32 requests of 1,024 shared tokens and 16 of their own, one new token each."""
     require_length(config, engine_config, SHARED + OWN + 1)

@@ -20,7 +20,7 @@ import torch
 
 from tprt.bench.report import Report, Say, device_name
 from tprt.bench.synthetic_checkpoint import write_checkpoint
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.errors import ConfigError, TprtError
 
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -29,7 +29,7 @@ WARM_RUNS = 3
 
 
 def startup(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     device: torch.device,
@@ -80,7 +80,7 @@ def startup(
 
 def _checkpoint(
     path: Path,
-    config: PersimmonConfig,
+    config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,

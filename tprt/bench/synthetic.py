@@ -13,68 +13,24 @@ from typing import cast
 import torch
 
 from tprt.bench.live import decoder_layers
-from tprt.config import EngineConfig, ModelConfig, PersimmonConfig
+from tprt.bench.named_models import PERSIMMON_8B, require_persimmon
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.sharding import shard_spec
 from tprt.distributed.tp_group import CPU, TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.llm_engine import LLMEngine
+from tprt.engine.memory_plan import plan_rank
 from tprt.engine.sequence import Request, Sequence
 from tprt.errors import ConfigError
 from tprt.kernels import use_kernels
 from tprt.llm.build import build_runner
-from tprt.llm.memory import check_memory
-from tprt.models import CausalLM
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.llm.memory import SNAPSHOTS_PER_SEQUENCE, check_memory
+from tprt.models import CausalLM, get_model_class
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer
 
-PERSIMMON_100M = PersimmonConfig(
-    vocab_size=10240,
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    head_dim=64,
-    max_position_embeddings=2048,
-)
-# A step reads 12 L h^2 + V h numbers, and 4 L h^2 x zeros fewer where it skips them. With L = 7 and
-# V = 8 h that is 92 to 92 - 28 x zeros: 1.38 at 90% zeros. Persimmon-8B: 1.35, trimmed too 1.42. Few
-# wide layers, since in those of the 8B, too, the time is in the matrices.
-PERSIMMON_400M = PersimmonConfig(
-    vocab_size=16384,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=7,
-    num_attention_heads=32,
-    head_dim=64,
-    max_position_embeddings=2048,
-)
-PERSIMMON_8B = PersimmonConfig(
-    vocab_size=262144,
-    hidden_size=4096,
-    intermediate_size=16384,
-    num_hidden_layers=36,
-    num_attention_heads=64,
-    head_dim=64,
-    max_position_embeddings=16384,
-)
-# Every code path of the others, in milliseconds, also in Triton's interpreter.
-TOY = PersimmonConfig(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    head_dim=16,
-    max_position_embeddings=160,
-)
-CONFIGS = {
-    "persimmon-8b": PERSIMMON_8B,
-    "persimmon-400m": PERSIMMON_400M,
-    "persimmon-100m": PERSIMMON_100M,
-    "toy": TOY,
-}
 STD = 0.02  # of every random weight
+DECAY = 5.0
 # Ids of Persimmon-8B that no text is made of.
 UNUSED_IDS = (3, 70002)
 
@@ -102,16 +58,19 @@ class NumberTokenizer:
 def random_tensor(
     name: str, shape: tuple[int, ...], seed: int, device: torch.device = CPU
 ) -> torch.Tensor:
-    """The whole float32 tensor of a parameter: normal, 0.02 wide, around 1 for weights of norms.
+    """The whole float32 tensor of a parameter: normal, 0.02 wide, around 1 for weights of LayerNorms.
 
-    The values follow from name, seed and kind of device, whatever is drawn before.
+    Decays of a recurrence lie around one at which its memory lasts for dozens of tokens. The values
+    follow from name, seed and kind of device, whatever is drawn before.
     """
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
     values = torch.randn(shape, generator=generator, device=device).mul_(STD)
-    return values.add_(1) if name.endswith("layernorm.weight") else values
+    if name.endswith("layernorm.weight"):
+        return values.add_(1)
+    return values.sub_(DECAY) if name.endswith("recurrent_param") else values
 
 
-def zeros_bias(config: PersimmonConfig, zeros: float) -> float:
+def zeros_bias(config: ModelConfig, zeros: float) -> float:
     """The bias of ``dense_h_to_4h`` with which that share of a layer's neurons is 0 for a token.
 
     Its weights are normal and its input a LayerNorm, so without it a neuron is normal too. Which are 0
@@ -123,23 +82,18 @@ def zeros_bias(config: PersimmonConfig, zeros: float) -> float:
     return -NormalDist().inv_cdf(zeros) * STD * math.sqrt(squares)
 
 
-def require_persimmon(config: ModelConfig) -> PersimmonConfig:
-    """Raises ConfigError for another model: what is measured here is Persimmon's."""
-    if not isinstance(config, PersimmonConfig):
-        raise ConfigError(
-            f"this bench has no case for a model of type {config.model_type}",
-            hint=f"a {PersimmonConfig.model_type} model, or no --model",
-        )
-    return config
-
-
 def set_zeros(model: CausalLM, zeros: float) -> None:
-    """Change the share in place, also under graphs that have been captured."""
+    """Change the share in place, also under graphs that have been captured.
+
+    Raises:
+        ConfigError: the model's MLPs have no squared ReLU.
+    """
+    require_persimmon(model.config, "--zeros")
     for layer in decoder_layers(model):
-        layer.mlp.dense_h_to_4h.bias.fill_(zeros_bias(require_persimmon(model.config), zeros))
+        layer.mlp.dense_h_to_4h.bias.fill_(zeros_bias(model.config, zeros))
 
 
-def trimmed(config: PersimmonConfig) -> Vocabulary:
+def trimmed(config: ModelConfig) -> Vocabulary:
     """Without the ids that Persimmon-8B has no use for, or as large a part of another model's."""
     first, last = UNUSED_IDS
     count = (last - first + 1) * config.vocab_size // PERSIMMON_8B.vocab_size
@@ -147,13 +101,13 @@ def trimmed(config: PersimmonConfig) -> Vocabulary:
 
 
 def random_model(
-    config: PersimmonConfig,
+    config: ModelConfig,
     tp: TPGroup,
     dtype: torch.dtype,
     seed: int,
     zeros: float | None = None,
     vocabulary: Vocabulary | None = None,
-) -> PersimmonForCausalLM:
+) -> CausalLM:
     """This rank's part of a model of ``random_tensor``s; the same whole model at any TP size.
 
     Values are drawn where the model lives: a GPU fills 18.8 GB faster than a host could copy them.
@@ -161,7 +115,7 @@ def random_model(
     Args:
         zeros: see ``zeros_bias``; None leaves the biases random, so that about half the neurons are 0.
     """
-    model = PersimmonForCausalLM(config, tp, dtype, vocabulary=vocabulary).eval()
+    model = get_model_class(config.model_type)(config, tp, dtype, vocabulary=vocabulary).eval()
     for name, parameter in model.named_parameters():
         spec = shard_spec(parameter)
         whole = random_tensor(name, spec.canonical_shape, seed, tp.device)
@@ -177,7 +131,7 @@ def random_model(
 
 
 def random_engine(
-    config: PersimmonConfig,
+    config: ModelConfig,
     tp: TPGroup,
     settings: EngineConfig,
     zeros: float | None = None,
@@ -190,7 +144,7 @@ def random_engine(
         return make_engine(model, settings)
 
 
-def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
+def make_engine(model: CausalLM, config: EngineConfig) -> LLMEngine:
     """An engine around ``model``, with the KV cache that ``LLM`` would give it."""
     longest = config.resolve_max_model_len(model.config)
     loaded = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -201,17 +155,19 @@ def make_engine(model: PersimmonForCausalLM, config: EngineConfig) -> LLMEngine:
     return LLMEngine(runner, tokenizer, config, num_blocks, model.tp)
 
 
-def cache_memory(config: PersimmonConfig, engine: EngineConfig, tp_size: int, blocks: int) -> int:
-    """Bytes of KV cache per rank for ``blocks`` and the one of padding.
+def cache_memory(config: ModelConfig, engine: EngineConfig, tp_size: int, blocks: int) -> int:
+    """Bytes of cache per rank for ``blocks`` of keys and values and the one of padding.
 
+    Where state is kept per sequence: for ``engine.max_num_seqs`` and as many snapshots as it can use.
     Measurements that stand beside a peer take no more: the rest of a GPU is the peer's.
     """
-    itemsize = getattr(torch, engine.dtype).itemsize
-    per_token = 2 * config.hidden_size // tp_size * config.num_hidden_layers * itemsize
-    return (blocks + 1) * engine.block_size * per_token
+    dtype: torch.dtype = getattr(torch, engine.dtype)
+    plan = plan_rank(config, 0, tp_size, dtype, None)
+    slots = (1 + SNAPSHOTS_PER_SEQUENCE) * engine.max_num_seqs + 1
+    return (blocks + 1) * engine.block_size * plan.kv_per_token + slots * plan.state_per_slot
 
 
-def require_length(config: PersimmonConfig, settings: EngineConfig, tokens: int) -> None:
+def require_length(config: ModelConfig, settings: EngineConfig, tokens: int) -> None:
     """Raises ConfigError when a sequence of ``tokens`` is longer than model or engine allow."""
     longest = settings.resolve_max_model_len(config)
     if tokens > longest:

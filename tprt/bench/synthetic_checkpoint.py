@@ -14,7 +14,7 @@ import torch
 from tprt.bench.synthetic import random_tensor
 from tprt.checkpoint.reader import CheckpointReader, TensorInfo, dtype_name
 from tprt.checkpoint.writers import write_huggingface
-from tprt.config import PersimmonConfig
+from tprt.config import ModelConfig
 from tprt.distributed.sharding import Slices
 from tprt.tokenizer.sentencepiece_model import (
     BYTE,
@@ -27,7 +27,7 @@ from tprt.tokenizer.sentencepiece_model import (
 
 
 def write_checkpoint(
-    folder: Path, config: PersimmonConfig, dtype: torch.dtype, device: torch.device, seed: int
+    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[int, float]:
     """Make ``folder``, which must not hold anything; bytes of weights, and seconds it took."""
     began = time.perf_counter()
@@ -50,7 +50,7 @@ class _RandomReader(CheckpointReader):
 
     def __init__(
         self,
-        config: PersimmonConfig,
+        config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
         seed: int,

@@ -19,7 +19,7 @@ from tprt.bench.synthetic import (
     run_requests,
 )
 from tprt.bench.transformers_peer import TransformersPeer, Work, fastest
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 
@@ -58,7 +58,7 @@ def run_work(engine: LLMEngine, work: Work) -> float:
 
 
 def throughput(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,

@@ -1,7 +1,8 @@
 """Decode steps of transformers at a context that was never computed, as for our own engine.
 
-Keys and values are random. Tokens stay on the device until the last step, which is more than its own
-``generate`` allows itself: the peer is measured without the host in its way.
+Keys and values are random; a model that keeps state computes its context before the clock starts. Tokens
+stay on the device until the last step, which is more than its own ``generate`` allows itself: the peer
+is measured without the host in its way.
 """
 
 import time
@@ -30,6 +31,7 @@ class DecodePeer:
         dtype = next(self.model.parameters()).dtype
         self.kv = [torch.randn(shape, dtype=dtype, device=self.device) for _ in range(2)]
         self.first = torch.randint(config.vocab_size, (batch, 1), device=self.device)
+        self.context, self.stateful = (batch, context), getattr(self.model, "_is_stateful", False)
         self.caches: Any = import_module("transformers.cache_utils")
         length = -(-(context + steps) // CACHE_MULTIPLE) * CACHE_MULTIPLE
         self.static = self.caches.StaticCache(config=config, max_cache_len=length)
@@ -37,12 +39,19 @@ class DecodePeer:
 
     def candidates(self) -> dict[str, Run]:
         """Seconds of ``steps`` steps by each way that transformers has."""
+        if self.stateful:  # torch.compile makes one more program for each position of it
+            return {"dynamic cache": self.dynamic, "static cache": self.static_plain}
         return {"dynamic cache": self.dynamic, "static cache, torch.compile": self.static_compiled}
 
     def dynamic(self) -> float:
         cache = self.caches.DynamicCache(config=self.model.config)
         self._fill(cache)
         return self._run(self.model, cache)
+
+    def static_plain(self) -> float:
+        self.static.reset()
+        self._fill(self.static)
+        return self._run(self.model, self.static)
 
     def static_compiled(self) -> float:
         """CUDA graphs by torch.compile. On a CPU traced alike and run by torch, without a compiler."""
@@ -56,7 +65,14 @@ class DecodePeer:
         self._fill(self.static)
         return self._run(self.compiled, self.static)
 
+    @torch.no_grad()
     def _fill(self, cache: Any) -> None:
+        if self.stateful:
+            dtype = self.kv[0].dtype
+            self.model._setup_cache(self.model.config, self.context[0], self.device, dtype)
+            ids = torch.randint(self.model.config.vocab_size, self.context, device=self.device)
+            self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return
         for layer in range(self.model.config.num_hidden_layers):
             cache.update(*self.kv, layer)
 

@@ -14,12 +14,13 @@ import torch
 
 from tprt.bench.report import Run, Say
 from tprt.bench.synthetic import random_tensor, zeros_bias
-from tprt.config import PersimmonConfig
+from tprt.config import ModelConfig, PersimmonConfig
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.sequence import Request
 from tprt.errors import ConfigError, TprtError
 from tprt.sampling_params import SamplingParams
 
+NEVER_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 MOST_SECONDS = 120.0  # for continuous batching, which may wait for ever
 MOST_DIFFERENCE = 0.5  # bfloat16 rounds differently in the two; other weights differ by several
 Work = Sequence[tuple[list[int], int]]  # prompt ids and how many to generate
@@ -32,13 +33,13 @@ class TransformersPeer:
 
     def __init__(
         self,
-        config: PersimmonConfig,
+        config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
         seed: int,
         zeros: float | None = None,
     ) -> None:
-        if config.qk_layernorm == "per_head":
+        if isinstance(config, PersimmonConfig) and config.qk_layernorm == "per_head":
             raise ConfigError(
                 "transformers has no q/k LayerNorm per head", hint="a model with one per layer"
             )
@@ -50,32 +51,14 @@ class TransformersPeer:
             ) from None
         transformers.logging.set_verbosity_error()
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
-        theirs = transformers.PersimmonConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            layer_norm_eps=config.layer_norm_eps,
-            qk_layernorm=config.qk_layernorm != "none",
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": config.rope_theta,
-                "partial_rotary_factor": config.partial_rotary_factor,
-            },
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        theirs = transformers.AutoConfig.for_model(**config.to_hf() | NEVER_ENDS)
         with torch.device("meta"):
-            model: Any = transformers.PersimmonForCausalLM(theirs)
+            model: Any = transformers.AutoModelForCausalLM.from_config(theirs)
         model = model.eval().to(dtype).to_empty(device=device)
+        model.tie_weights()
         for name, parameter in model.named_parameters():
             parameter.data.copy_(random_tensor(name, tuple(parameter.shape), seed, device))
-        model.model.rotary_emb = type(model.model.rotary_emb)(theirs).to(device)
+        _restore_buffers(model, theirs)
         self.model, self.device, self.package = model, device, transformers
         self.config = config
         if zeros is not None:
@@ -178,6 +161,17 @@ class TransformersPeer:
         if [done.get(str(i)) for i in range(len(work))] != [new for _, new in work]:
             raise ConfigError("transformers' continuous batching did not finish the workload")
         return seconds
+
+
+def _restore_buffers(model: Any, config: Any) -> None:
+    """What the models compute when they are made, and no state dict holds."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if hasattr(child, "inv_freq"):
+                setattr(module, name, type(child)(config=config).to(model.device))
+    if hasattr(model.model, "normalizer"):
+        root = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16)  # as where it is made
+        model.model.normalizer.fill_(root)
 
 
 def fastest(

@@ -14,22 +14,24 @@ from typing import Any
 
 import torch
 
+from tprt.bench.costs import StepBytes, step_bytes
 from tprt.bench.decode import CHECKED_TOKENS
-from tprt.bench.decode_sizes import DecodeSizes, StepBytes, decode_settings, fitted, step_bytes
+from tprt.bench.decode_sizes import DecodeSizes, decode_settings, fitted
 from tprt.bench.device_timing import ReadTest, measure_ceilings
 from tprt.bench.filled import WARM_UP_STEPS, decode_seconds, fill_cache, prompts_of, start, stop
 from tprt.bench.live import LiveShares, kernels_of, skips, watched, without_graphs
+from tprt.bench.named_models import require_persimmon
 from tprt.bench.report import Report, Run, Say, compare, device_name, ratio_interval
 from tprt.bench.synthetic import make_engine, random_model, set_zeros, trimmed
 from tprt.bench.transformers_decode import DecodePeer
 from tprt.bench.transformers_peer import TransformersPeer, fastest
-from tprt.config import EngineConfig, PersimmonConfig
+from tprt.config import EngineConfig, ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.engine.llm_engine import LLMEngine
 from tprt.engine.step_record import bucket_of
 from tprt.errors import ConfigError
 from tprt.kernels import use_kernels
-from tprt.models.persimmon import PersimmonForCausalLM
+from tprt.models import CausalLM
 
 KIND = "synthetic, independent"
 # Four shares of these are some minutes on two cores, with a peer.
@@ -40,7 +42,7 @@ BESIDE = 12 * 2**30
 
 
 def zeros_sweep(
-    config: PersimmonConfig,
+    config: ModelConfig,
     name: str,
     engine_config: EngineConfig,
     tp: TPGroup,
@@ -56,10 +58,12 @@ def zeros_sweep(
     """A line for each batch size, context and share of zeros, on a single rank.
 
     Raises:
-        ConfigError: ``engine_config`` forbids skipping, or no cell fits into the KV cache.
+        ConfigError: ``engine_config`` forbids skipping, no cell fits into the KV cache, or the model's
+            MLPs have no squared ReLU.
     """
     if engine_config.sparse_rows == 0:
         raise ConfigError("--zeros with engine.sparse_rows=0", hint="leave engine.sparse_rows out")
+    require_persimmon(config, "--zeros")
     device, dtype = tp.device, getattr(torch, engine_config.dtype)
     ceilings = measure_ceilings(device, toy)
     say(", ".join(f"{key} {value}" for key, value in ceilings.to_json().items()))
@@ -140,7 +144,7 @@ class _Path:
         self.engine.close()
 
 
-def _paths(model: PersimmonForCausalLM, settings: EngineConfig) -> dict[str, _Path]:
+def _paths(model: CausalLM, settings: EngineConfig) -> dict[str, _Path]:
     """Graphs keep the way they were captured with, so each has an engine of its own, on one model."""
     kernels = kernels_of(model)
     paths: dict[str, _Path] = {}

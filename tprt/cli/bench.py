@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from tprt.bench.command import BENCHES, add_flags, check_flags, named_config, run_bench
+from tprt.bench.named_models import CONFIGS
 from tprt.cli.common import add_model_flags, add_settings_flags, llm_options, settings_from
 from tprt.errors import EXIT_OK
 
@@ -16,8 +17,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="measure, on random weights for the most part",
         description="Measure, on random weights but for sparsity; the last line is one JSON object. "
         + "; ".join(f"{name}: {text}" for name, text in BENCHES.items())
-        + ". --model also takes a model of random weights by its name, such as toy; "
-        "docs/performance.md has the others.",
+        + f". --model also takes a model of random weights by its name: {', '.join(CONFIGS)}.",
     )
     add_flags(parser)
     parser.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this host")
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if path := settings.model.path:
         from tprt.cli.plan import read_config
 
-        model = named_config(path) or read_config(path), path
+        model = named_config(path) or read_config(settings), path
     device = None if settings.model.device == "auto" else settings.model.device
     options = llm_options(settings.model)
     if options["trim_vocab"] != "off" and args.bench != "sparsity":

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from tprt.cli.chat_terminal import Interrupts, Reader, Screen
     from tprt.llm import LLM
 
-# The model ends an answer with end-of-text; one that writes the user's next turn instead stops there.
-NEXT_QUESTION = "\n\nhuman:"
 CHECK_SECONDS = 1.0
 NOTES = {"abort": ", stopped", "length": ", cut off by max_tokens"}
 
@@ -73,15 +71,13 @@ def run(args: argparse.Namespace) -> int:
             restore()
     if int(os.environ.get("RANK", "0")) > 0:
         return _follow(settings)
-    return _lead(settings, params)
+    return _lead(settings, params, stop_given=is_given(args, "sampling.stop"))
 
 
 def chat_params(params: SamplingParams, args: argparse.Namespace) -> SamplingParams:
     """The settings' parameters, with a chat's own defaults where the user said nothing."""
     if not is_given(args, "sampling.max_tokens"):
         params = replace(params, max_tokens=None)
-    if not is_given(args, "sampling.stop"):
-        params = replace(params, stop=(NEXT_QUESTION,))
     return params
 
 
@@ -100,7 +96,8 @@ def _follow(settings: Settings) -> int:
     return EXIT_OK
 
 
-def _lead(settings: Settings, params: SamplingParams) -> int:
+def _lead(settings: Settings, params: SamplingParams, stop_given: bool) -> int:
+    """Args: stop_given: else an answer ends where the model writes the user's next turn."""
     from tprt.cli.chat_terminal import Interrupts, Reader, Screen, forgive_encoding, terminal_keeper
 
     forgive_encoding()
@@ -108,6 +105,8 @@ def _lead(settings: Settings, params: SamplingParams) -> int:
     with Interrupts(alone or _has_launcher(), terminal_keeper()) as interrupts:
         with interrupts.raising():
             llm = make_llm(settings)
+        if not stop_given:
+            params = replace(params, stop=llm.tokenizer.chat_stop)
         with llm:
             if llm.tp.size > 1:
                 llm.generate([])  # from here on all others follow, and will hear of an end

@@ -8,20 +8,20 @@ from pathlib import Path
 from types import FrameType
 
 from tprt.checkpoint import open_checkpoint
-from tprt.cli.common import LAUNCHER
+from tprt.cli.common import LAUNCHER, llm_options
 from tprt.cli.settings import Settings
 from tprt.distributed.launcher import find_nodes, launch
-from tprt.llm import open_tokenizer, resolve_vocabulary
+from tprt.llm import open_tokenizer, resolve_config, resolve_vocabulary
 
 SECONDS_TO_END = 10
 ENDING = ("SIGTERM", "SIGHUP", "SIGQUIT")  # what torch's launcher ends the ranks on, but for Ctrl-C
 
 
 def check_start(settings: Settings, ranks: int) -> None:
-    """Find what is wrong with a checkpoint before any rank starts."""
+    """Find what is wrong with a checkpoint, or with what is asked of it, before any rank starts."""
     model = settings.model
     reader = open_checkpoint(model.path)
-    reader.config.validate_parallel(ranks)
+    resolve_config(reader, llm_options(model)).validate_parallel(ranks)
     tokenizer = open_tokenizer(reader, model.tokenizer, model.bos_policy)
     resolve_vocabulary(reader.config.vocab_size, tokenizer, model.trim_vocab)
 

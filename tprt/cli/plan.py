@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tprt.cli.common import add_model_flags, add_settings_flags, settings_from
+from tprt.cli.common import add_model_flags, add_settings_flags, llm_options, settings_from
 from tprt.cli.settings import Settings
 from tprt.errors import ConfigError, OutOfMemoryPlan
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--memory is {args.memory:g} GiB, allowed are above 0 to {2**20}", hint="--memory 80"
         )
-    result = make_plan(settings, read_config(settings.model.path), args.memory)
+    result = make_plan(settings, read_config(settings), args.memory)
     print(json.dumps(result, indent=1) if args.json else _table(result))
     if result["fits_with"] is not None:
         first = result["per_rank"][0]
@@ -54,16 +54,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_config(path: str) -> "ModelConfig":
-    """The model's config from a checkpoint folder or a bare ``config.json``."""
+def read_config(settings: Settings) -> "ModelConfig":
+    """The config of the model as it would run, from a checkpoint folder or a bare ``config.json``."""
     from tprt.checkpoint import open_checkpoint
     from tprt.checkpoint.reader import build_config
     from tprt.checkpoint.safetensors_file import read_json
     from tprt.config import config_from_hf
+    from tprt.llm import resolve_config, split_options
 
+    path, options = settings.model.path, llm_options(settings.model)
     if not path.endswith(".json"):
-        return open_checkpoint(path).config
-    return build_config(config_from_hf, read_json(Path(path)), path)
+        return resolve_config(open_checkpoint(path), options)
+    config = build_config(config_from_hf, read_json(Path(path)), path)
+    return config.with_overrides(split_options(options)[1])
 
 
 def read_vocabulary(settings: Settings, config: "ModelConfig") -> "Vocabulary":
@@ -88,7 +91,7 @@ def make_plan(
     import torch
 
     from tprt.engine.memory_plan import plan_ranks, whole_parameters
-    from tprt.llm.memory import kv_blocks, largest_that_fits, plan_memory
+    from tprt.llm.memory import kv_blocks, largest_that_fits, plan_memory, snapshots_that_fit
 
     engine = settings.engine_config()
     tp_size = settings.parallel.tensor or 1
@@ -104,10 +107,11 @@ def make_plan(
         left = max(0, room - plan.fixed)
         if plan.block:
             fit = max(0, left // plan.block - 1) * engine.block_size  # one block is for padding
-        memory = memory or left
+        memory = memory or left + plan.slots
         if plan.needed(engine) > room:
             advice = largest_that_fits(config, engine, tp_size, kind, room, vocabulary)
-    cached = plan.slots or None
+    snapshots = snapshots_that_fit(plan, engine, kind, memory)
+    cached = plan.slots + snapshots * plan.rank.state_per_slot or None
     if plan.block and memory:
         cached = kv_blocks([memory // plan.block], engine, length) * plan.block or None
     runtime = asdict(plan.runtime)
@@ -134,6 +138,7 @@ def make_plan(
         "kv_cache_bytes_per_rank": cached,
         "state_bytes_per_sequence_per_rank": plan.rank.state_per_slot,
         "max_num_seqs": engine.max_num_seqs,
+        "snapshots": snapshots,
         "tokens_that_fit": fit,
         "fits_with": advice,
         "gpu_memory_utilization": engine.gpu_memory_utilization,
@@ -177,8 +182,9 @@ def _table(result: dict[str, Any]) -> str:
         )
     if state:
         lines.append(
-            f"the state of {result['max_num_seqs']} sequences (engine.max_num_seqs) and of padding "
-            f"takes {_size(result['kv_cache_bytes_per_rank'])} per rank, at any length"
+            f"the state of {result['max_num_seqs']} sequences (engine.max_num_seqs), of padding and of "
+            f"{result['snapshots']} snapshots takes {_size(result['kv_cache_bytes_per_rank'])} per "
+            "rank, at any length"
         )
     elif result["kv_cache_bytes_per_rank"] is not None:
         lines.append(

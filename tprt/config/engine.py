@@ -23,10 +23,12 @@ class EngineConfig:
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step, of prompts and completions together.
         max_model_len: most tokens of prompt and completion; None means the model's own limit.
-        block_size: tokens per KV block.
-        kv_cache_memory: bytes of KV cache per rank; None means 1 GiB on a CPU, and on a GPU what
-            gpu_memory_utilization leaves after the weights.
-        enable_prefix_caching: share KV blocks between requests that begin alike.
+        block_size: tokens per KV block; where state is kept per sequence, snapshots of it stand at
+            whole blocks.
+        kv_cache_memory: bytes of KV cache per rank, or of all state and its snapshots; None means, on
+            a CPU, 1 GiB, or 256 MiB of snapshots, and on a GPU what gpu_memory_utilization leaves after
+            the weights.
+        enable_prefix_caching: requests that begin alike share KV blocks, or start from a snapshot.
         look_ahead: steps that are planned before the last one's tokens are read: 1, or 0 to wait.
         record_path: file that gets every step record, for replay; None writes none.
         kernels: "auto" (Triton on a GPU, torch's own on a CPU), "reference" (plain torch) or "triton".

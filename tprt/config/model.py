@@ -66,7 +66,7 @@ class ModelConfig:
             sizes = ", ".join(map(str, self.tp_sizes()))
             raise ConfigError(
                 f"{tp_size} ranks cannot share {self.num_attention_heads} heads and "
-                f"{self.intermediate_size} MLP neurons evenly",
+                f"{self.intermediate_size} MLP neurons",
                 hint=f"a tensor-parallel size of {sizes}",
             )
 

@@ -59,10 +59,10 @@ class RecurrentGemmaConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, limit in (
-            ("lru_width", None), ("conv1d_width", MAX_CONV_WIDTH), ("attention_window_size", MAX_WINDOW),
-        ):  # fmt: skip
-            if count(name, getattr(self, name)) > (limit or 2**31):
+        count("lru_width", self.lru_width)
+        limits = {"conv1d_width": MAX_CONV_WIDTH, "attention_window_size": MAX_WINDOW}
+        for name, limit in limits.items():
+            if count(name, getattr(self, name)) > limit:
                 raise CheckpointError(
                     f"{name} is {getattr(self, name)}; the limit is {limit}", hint=CONFIG_HINT
                 )
@@ -182,6 +182,7 @@ class RecurrentGemmaConfig(ModelConfig):
             "num_key_value_heads": (raw.get("num_key_value_heads", heads), 1),
             "hidden_activation": (raw.get("hidden_activation"), "gelu_pytorch_tanh"),
             "attention_bias": (raw.get("attention_bias"), False),
+            "embeddings_scale_by_sqrt_dim": (raw.get("embeddings_scale_by_sqrt_dim"), True),
         }
         for name, (found, known) in wanted.items():
             if found is not None and (found != known or type(found) is not type(known)):
@@ -194,26 +195,29 @@ class RecurrentGemmaConfig(ModelConfig):
             raise CheckpointError(
                 f"intermediate_size is {doubled}, not gate and up of one width", hint=CONFIG_HINT
             )
-        window = raw.get("attention_window_size")
+
+        def given(name: str, default: Any) -> Any:
+            found = rope.get(name)
+            found = raw.get(name) if found is None else found
+            return default if found is None else found
+
         return cls(
             vocab_size=need(raw, "vocab_size"),
             hidden_size=hidden,
             intermediate_size=doubled // 2,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            head_dim=raw.get("head_dim") or hidden // heads,
-            max_position_embeddings=raw.get("max_position_embeddings") or TRAINED_POSITIONS,
-            lru_width=raw.get("lru_width") or hidden,
+            head_dim=given("head_dim", hidden // heads),
+            max_position_embeddings=given("max_position_embeddings", TRAINED_POSITIONS),
+            lru_width=given("lru_width", hidden),
             layer_types=_layer_types(raw, layers),
-            conv1d_width=4 if raw.get("conv1d_width") is None else raw["conv1d_width"],
-            attention_window_size=2048 if window is None else window,
+            conv1d_width=given("conv1d_width", 4),
+            attention_window_size=given("attention_window_size", 2048),
             window_keys=raw.get("window_keys"),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-            partial_rotary_factor=rope.get(
-                "partial_rotary_factor", raw.get("partial_rotary_factor", 0.5)
-            ),
-            logits_soft_cap=raw.get("logits_soft_cap", 30.0),
+            rms_norm_eps=given("rms_norm_eps", 1e-6),
+            rope_theta=given("rope_theta", 10000.0),
+            partial_rotary_factor=given("partial_rotary_factor", 0.5),
+            logits_soft_cap=given("logits_soft_cap", 30.0),
             tie_word_embeddings=flag(raw, "tie_word_embeddings", True),
             eos_token_id=single_id(raw.get("eos_token_id")),
         )

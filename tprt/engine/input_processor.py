@@ -11,8 +11,11 @@ from tprt.distributed.vocabulary import Vocabulary, show_ranges
 from tprt.engine.sequence import Request
 from tprt.errors import ConfigError
 from tprt.kernels.noise import arrival_seed
+from tprt.log import get_logger, warn_once
 from tprt.sampling_params import SamplingParams
 from tprt.tokenizer import Tokenizer
+
+logger = get_logger(__name__)
 
 Prompt = str | dict[str, Any]
 
@@ -23,6 +26,7 @@ class InputProcessor:
     max_request_len: most tokens of prompt and completion that model and cache can hold.
     seed: the engine's; requests without a seed get theirs from it and their arrival number.
     vocabulary: which ids have rows; None means all.
+    trained_len: tokens of the longest prompt that the model has seen in training; None if unknown.
     """
 
     def __init__(
@@ -32,10 +36,12 @@ class InputProcessor:
         max_request_len: int,
         seed: int,
         vocabulary: Vocabulary | None = None,
+        trained_len: int | None = None,
     ) -> None:
         self.tokenizer, self.num_valid_ids = tokenizer, num_valid_ids
         self.vocabulary = vocabulary or Vocabulary(num_valid_ids)
         self.max_request_len, self.seed = max_request_len, seed
+        self.trained_len = trained_len
 
     def request(self, prompt: Prompt, params: SamplingParams, arrival: int) -> Request:
         """A request to generate. Raises ConfigError (see ``LLM.make_request``)."""
@@ -49,8 +55,9 @@ class InputProcessor:
             wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
             raise ConfigError(
                 f"{len(ids)} prompt tokens{wanted} are more than the {limit} that fit",
-                hint="a shorter prompt, fewer max_tokens, or a larger max_model_len or KV cache",
+                hint="a shorter prompt, fewer max_tokens, or a larger engine.max_model_len or KV cache",
             )
+        self._warn_past_training(ids)
         self.check_ids([i for i, _ in params.logit_bias])
         self.check_ids([*params.stop_token_ids, *(params.allowed_token_ids or ())])
         bad_words = self._spellings(params.bad_words)
@@ -100,17 +107,27 @@ class InputProcessor:
         if not 1 <= len(ids) <= self.max_request_len:
             raise ConfigError(
                 f"{len(ids)} tokens were given, allowed are 1 to {self.max_request_len}",
-                hint="a shorter text, or a larger max_model_len or kv_cache_memory",
+                hint="a shorter text, or a larger engine.max_model_len or kv_cache_memory",
             )
+        self._warn_past_training(ids)
         return Request(ids, SamplingParams(prompt_logprobs=prompt_logprobs), 0, 0)
+
+    def _warn_past_training(self, ids: list[int]) -> None:
+        # Without the length of this one: a job may have thousands, which are to give one warning.
+        if self.trained_len is not None and len(ids) > self.trained_len:
+            warn_once(
+                logger,
+                f"prompts of more than {self.trained_len} tokens are longer than what the model was "
+                "trained on; they are answered, how well is not known",
+            )
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
+            return self._text_ids(prompt)
         if isinstance(prompt, dict) and len(prompt) == 1:
             (kind, value), *_ = prompt.items()
             if kind == "prompt" and isinstance(value, str):
-                return self.tokenizer.encode(value)
+                return self._text_ids(value)
             if kind == "messages":
                 return self.tokenizer.encode_chat(value)
             if kind == "prompt_token_ids":
@@ -119,6 +136,16 @@ class InputProcessor:
             f"a prompt must be a text or a mapping, not {str(prompt)[:80]!r}",
             hint='a text, or {"prompt": ...}, {"prompt_token_ids": ...} or {"messages": ...}',
         )
+
+    def _text_ids(self, text: str) -> list[int]:
+        found = [marker for marker in self.tokenizer.turn_markers if marker in text]
+        if found:
+            warn_once(
+                logger,
+                f"a prompt holds {found[0]}, which is read as any other text and begins no turn; what "
+                'the chat format is for goes into "messages"',
+            )
+        return self.tokenizer.encode(text)
 
     def check_ids(self, ids: Any) -> list[int]:
         ids = ids.tolist() if hasattr(ids, "tolist") else ids

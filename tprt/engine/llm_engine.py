@@ -231,6 +231,7 @@ class LLMEngine:
             "model": repr(self.runner.model.config),
             "engine": repr(self.config),
             "block_size": self.config.block_size,
+            "max_num_seqs": self.runner.max_num_seqs,
             "num_blocks": self.blocks.num_blocks,
             "tensor_parallel_size": self.tp.size,
         }

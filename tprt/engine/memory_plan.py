@@ -83,14 +83,16 @@ def plan_runtime(
     vocabulary: Vocabulary | None = None,
 ) -> RuntimePlan:
     """What steps of ``engine`` take on each of ``tp_size`` ranks; the same on all of them."""
-    itemsize = getattr(torch, engine.dtype).itemsize
+    dtype: torch.dtype = getattr(torch, engine.dtype)
+    itemsize = dtype.itemsize
     length = engine.resolve_max_model_len(config)
     part = (vocabulary or Vocabulary(config.vocab_size)).part(tp_size)
     vocab, slots = part * tp_size, engine.max_num_seqs + 1
     graphs = device_type == "cuda" and not engine.enforce_eager
     bucket = bucket_of(min(engine.max_num_seqs, MAX_BUCKET))
 
-    blocks = -(-length // engine.block_size)
+    paged = plan_rank(config, 0, tp_size, dtype, length, vocabulary).kv_per_token
+    blocks = -(-length // engine.block_size) if paged else 1
     state = 8 * slots * (blocks + 8)  # block tables, and some numbers for each slot
     if device_type == "cuda":
         state += 9 * slots * vocab  # counts, ids seen, bias
@@ -99,7 +101,7 @@ def plan_runtime(
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
-    need = _step_sizes(config, tp_size, tokens, rows, bucket, length)
+    need = _step_sizes(config, tp_size, dtype, tokens, rows, bucket, length)
     # One after the other: the layers, and what becomes of their last rows.
     layers = need.activations * itemsize + need.partials
     workspace = max(layers, _sampling(rows, part, tp_size), scores)
@@ -126,9 +128,15 @@ class _StepSizes(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _step_sizes(
-    config: ModelConfig, tp_size: int, tokens: int, rows: int, bucket: int, length: int
+    config: ModelConfig,
+    tp_size: int,
+    dtype: torch.dtype,
+    tokens: int,
+    rows: int,
+    bucket: int,
+    length: int,
 ) -> _StepSizes:
-    model = _on_paper(config, 0, tp_size, torch.bfloat16, length)
+    model = _on_paper(config, 0, tp_size, dtype, length)
     return _StepSizes(
         model.activation_elements(tokens, length),
         model.activation_elements(bucket, 0),

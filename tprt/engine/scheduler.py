@@ -76,6 +76,7 @@ class Scheduler:
         self._clears: list[int] = []
         # Slots whose state is to be kept, and at which position: they hold it until the next step.
         self._reached: list[tuple[int, Sequence, int]] = []
+        self._kept: list[tuple[int, int]] = []  # (slot, row) for the next step to copy
 
     @property
     def idle(self) -> bool:
@@ -89,7 +90,8 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """The next step; without rows when every sequence waits for a step in flight to retire."""
         self._register_filled()
-        reached, self._reached = self._reached, []
+        # Before anything is found: this may give away the row of an older text.
+        self._keep_states()
         plan = StepPlan(self.num_steps)
         budget = self.max_num_batched_tokens
         decodes = sum(_wanted(seq) == 1 for seq in self.running)
@@ -107,10 +109,8 @@ class Scheduler:
             self._admit(budget, plan)
         if plan.rows:
             plan.clears, self._clears = self._clears, []
-            plan.states[:0] = self._keep_states(reached)
+            plan.states, self._kept = self._kept + plan.states, []
             self.num_steps += 1
-        else:
-            self._reached = reached
         return plan
 
     def _admit(self, budget: int, plan: StepPlan) -> None:
@@ -202,20 +202,25 @@ class Scheduler:
         kept = self._next_kept(seq, seq.num_computed + 1)
         return min(count, kept - seq.num_computed) if kept else count
 
-    def _keep_states(self, reached: list[tuple[int, Sequence, int]]) -> list[tuple[int, int]]:
-        """(slot, row) of states that the last step reached, before this one moves them on.
+    def _keep_states(self) -> None:
+        """Give rows to states that the last step reached, before the next one moves them on.
 
         Wherever the sequence is by now: no step has run since.
         """
-        copies = []
-        for slot, seq, position in reached:
+        for slot, seq, position in self._reached:
             if seq.finish_reason == "error":
                 continue
             extend_block_keys(seq.block_keys, seq.ids, self.block_size)
             row = self.snapshots.take(seq.block_keys[position // self.block_size - 1])
             if row is not None:
-                copies.append((slot, row))
-        return copies
+                self._kept.append((slot, row))
+        self._reached.clear()
+
+    def forget_states(self) -> None:
+        """No snapshot is to be found, and none made of what slots hold now."""
+        self._reached.clear()
+        self._kept.clear()
+        self.snapshots.clear()
 
     # ------------------------------------------------------------ blocks
 
@@ -328,8 +333,7 @@ class Scheduler:
     def abandon(self, plans: list[StepPlan]) -> None:
         """``plans`` may not have been computed, or in part: trust no block that a sequence holds."""
         self._filled.clear()
-        self._reached.clear()
-        self.snapshots.clear()
+        self.forget_states()
         for seq in [*self.running, *self._leaving]:
             self.blocks.forget(seq.block_table)
         for plan in plans:

@@ -94,6 +94,10 @@ class CPUKernels(ReferenceKernels):
         total: torch.Tensor = _linear_binary(x, residual, weight, bias, "add")
         return total, self.layer_norm(total, norm)
 
+    def pack_recurrence(self, weights: RecurrenceWeights) -> RecurrenceWeights:
+        """In float32: products of blocks so small take longer in 16 bits."""
+        return RecurrenceWeights(*(weight.float() for weight in weights))
+
     def recurrence(
         self,
         xy: torch.Tensor,

@@ -20,12 +20,14 @@ class Norm(NamedTuple):
     """Weight and bias [width] in the dtype of the model, and what keeps a norm from 1 / 0.
 
     With a bias it is a LayerNorm. Without one it is an RMSNorm that is multiplied by 1 + weight, in
-    float32 up to its result: x / sqrt(mean(x^2) + eps) * (1 + weight).
+    float32 up to its result: x / sqrt(mean(x^2) + eps) * (1 + weight), which ``scale`` may hold already,
+    in float32.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     eps: float
+    scale: torch.Tensor | None = None
 
 
 class PendingNorm(NamedTuple):
@@ -247,6 +249,10 @@ class Kernels(Protocol):
             plan: of this body's planner, for these tokens. Where rows share slots, as padding does,
                 nobody may read their results.
         """
+        ...
+
+    def pack_recurrence(self, weights: RecurrenceWeights) -> RecurrenceWeights:
+        """The weights as ``recurrence`` reads them fastest; the only form that is kept."""
         ...
 
     def recurrence(

@@ -5,7 +5,9 @@ code. Legend: T tokens of all sequences, B sequences, S slots, W channels of thi
 rank, K taps. Knows tensors only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -13,8 +15,9 @@ import torch.nn.functional as F
 
 from tprt.batch import Segments
 
-Scan = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-TILE = 64  # steps of the tiled scan that are done one after the other
+Lengths = tuple[int, ...] | None
+Scan = Callable[[torch.Tensor, torch.Tensor, Lengths], torch.Tensor]
+TILE = 32  # steps of the tiled scan that are done one after the other
 
 
 class RecurrenceWeights(NamedTuple):
@@ -23,7 +26,7 @@ class RecurrenceWeights(NamedTuple):
     Args:
         conv_weight, conv_bias: [W, K], the last tap is the token's own; [W].
         gate_weight, gate_bias: [H, W / H, 2 W / H], input gate before recurrence gate, stored
-            [in, out]; float32 [H, 2 W / H].
+            [in, out], in the dtype in which it is multiplied; float32 [H, 2 W / H].
         log_decay: float32 [W], -8 softplus of the layer's parameter: log of the smallest decay.
     """
 
@@ -55,22 +58,31 @@ def recurrence(
     z, y = xy[:, :width], xy[:, width:]
     c = causal_conv(z, weights, conv, segments)  # float32 [T, W]
     heads, block, _ = weights.gate_weight.shape
-    blocks = c.to(xy.dtype).view(-1, heads, block).transpose(0, 1)  # [H, T, W / H]
-    gates = torch.bmm(blocks, weights.gate_weight).float() + weights.gate_bias.unsqueeze(1)
+    blocks = c.to(weights.gate_weight.dtype).view(-1, heads, block).transpose(0, 1)  # [H, T, W / H]
+    bias = weights.gate_bias.unsqueeze(1)
+    if blocks.dtype == torch.float32:
+        gates = torch.baddbmm(bias, blocks, weights.gate_weight)
+    else:
+        gates = torch.bmm(blocks, weights.gate_weight).float() + bias
     gates = gates.sigmoid_().transpose(0, 1)  # [T, H, 2 W / H]
     log_a = gates[..., block:].reshape(-1, width) * weights.log_decay
     x = c * gates[..., :block].reshape(-1, width)
     # sqrt(1 - a^2) where a is near 1, as 1 - exp(2 log a) would lose it.
-    x *= torch.sqrt(-torch.expm1(2 * log_a)).masked_fill_(segments.is_start.unsqueeze(1), 1.0)
+    start = segments.once("start", lambda: segments.is_start.unsqueeze(1))
+    x *= torch.expm1(2 * log_a).neg_().sqrt_().masked_fill_(start, 1.0)
     a = log_a.exp_()
+    if segments.starts is None:
+        h = x.addcmul_(a, state[segments.slots].masked_fill_(start, 0.0))
+        state.index_copy_(0, segments.slots, h)
+        return (h * F.gelu(y.float(), approximate="tanh")).to(xy.dtype)
     # A sequence's carried state enters with its first token of the pass. Replaced, not multiplied by 0,
     # at a sequence's very first: the slot may hold another's, NaN included.
     first = segments.first_rows
     carried = a[first] * state[segments.slots]
     fresh = segments.is_start[first].unsqueeze(1)
     x[first] = x[first] + carried.masked_fill_(fresh, 0.0)
-    a[first] = 0.0
-    h = scan(a, x)
+    a.index_fill_(0, first, 0.0)  # to assign a number would copy it from the host
+    h = scan(a, x, segments.query_lens)
     state.index_copy_(0, segments.slots, h[segments.last_rows])
     return (h * F.gelu(y.float(), approximate="tanh")).to(xy.dtype)
 
@@ -82,48 +94,106 @@ def causal_conv(
 
     Reads the inputs of tokens before this pass from ``conv`` and leaves there those of the last ones.
     """
-    taps = conv.shape[1]
+    taps, weight = conv.shape[1], weights.conv_weight.float()
+    if segments.starts is None:
+        slots, places, own, missing = segments.once(
+            ("taps", taps), lambda: _last_places(segments, taps)
+        )
+        conv[segments.slots, own] = z
+        inputs = conv[slots, places].masked_fill_(missing, 0.0)
+        return (inputs * weight.t()).sum(1).add_(weights.conv_bias)
     before = segments.positions[segments.first_rows].unsqueeze(1) + torch.arange(
         1 - taps, 0, device=z.device
     )  # [B, K - 1]
     earlier = conv[segments.slots.unsqueeze(1), before % taps]
     earlier = earlier.masked_fill((before < 0).unsqueeze(2), 0.0)
     ext, rows = segments.extend(earlier, z)
-    weight = weights.conv_weight.float()
-    c = weights.conv_bias.float() + weight[:, 0] * ext[rows]
+    ext = ext.float()
+
+    def inputs_at(k: int) -> torch.Tensor:
+        return ext[k : k + len(z)] if rows is None else ext[rows + k]
+
+    c = weights.conv_bias.float() + weight[:, 0] * inputs_at(0)
     for k in range(1, taps):
-        c.addcmul_(weight[:, k], ext[rows + k].float())
+        c.addcmul_(weight[:, k], inputs_at(k))
     kept = segments.tail(taps)
     conv[segments.row_slots[kept], segments.positions[kept] % taps] = z[kept]
     return c
 
 
-def scan_by_step(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """h[t] = a[t] h[t - 1] + x[t] from h = 0, float32 [T, W] each; the oracle of the others."""
+def _last_places(segments: Segments, count: int) -> tuple[torch.Tensor, ...]:
+    """Where rings of ``count`` places have the last inputs of a decode step's sequences.
+
+    Returns:
+        Slots, int64 [B, 1], and places, int64 [B, count], the own one last; that alone, int64 [B]; and
+        bool [B, count, 1] where the sequence has not been so long.
+    """
+    device = segments.positions.device
+    at = segments.positions.unsqueeze(1) + torch.arange(1 - count, 1, device=device)
+    places = at % count
+    return segments.slots.unsqueeze(1), places, places[:, -1], (at < 0).unsqueeze(2)
+
+
+def scan_by_step(a: torch.Tensor, x: torch.Tensor, lengths: Lengths = None) -> torch.Tensor:
+    """h[t] = a[t] h[t - 1] + x[t] from h = 0, float32 [T, W] each; the oracle of the others.
+
+    Args:
+        lengths: of the sequences that lie one behind the other; None for a single one. What one of
+            them holds, NaN included, is not seen by another.
+    """
     h = torch.empty_like(x)
-    last = torch.zeros_like(x[0])
-    for t in range(len(x)):
-        last = torch.addcmul(x[t], a[t], last, out=h[t])
+    for part in _parts(lengths or (len(x),)):
+        last = torch.zeros_like(x[0])
+        for t in range(part.start, part.stop):
+            last = torch.addcmul(x[t], a[t], last, out=h[t])
     return h
 
 
-def scan_in_tiles(a: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def scan_in_tiles(a: torch.Tensor, x: torch.Tensor, lengths: Lengths = None) -> torch.Tensor:
     """As ``scan_by_step``, of tiles of ``TILE`` steps side by side. Overwrites both arguments.
 
     Products of decays may underflow to 0, which is what they are then; nothing is divided by them.
     """
-    length, width = x.shape
-    if length <= TILE:
-        for t in range(1, length):
-            x[t].addcmul_(a[t], x[t - 1])
-        return x
-    tiles = -(-length // TILE)
-    if length % TILE:
-        a, x = (F.pad(t, (0, 0, 0, tiles * TILE - length)) for t in (a, x))
-    a, x = a.view(tiles, TILE, width), x.view(tiles, TILE, width)
-    for t in range(1, TILE):
-        x[:, t].addcmul_(a[:, t], x[:, t - 1])
-        a[:, t].mul_(a[:, t - 1])
-    for tile in range(1, tiles):
-        x[tile].addcmul_(a[tile], x[tile - 1, -1])
-    return x.view(-1, width)[:length]
+    lengths, width = lengths or (len(x),), x.shape[1]
+    steps = min(TILE, max(lengths))
+    packed = len(lengths) == 1 and len(x) % steps == 0
+    if not packed:
+        rows, tokens = _tiles(lengths, steps, x.device)
+        a, x = a[rows], x[rows]
+    a, x = a.view(-1, steps, width), x.view(-1, steps, width)
+    # Views are made once: of small tensors they cost as much as the arithmetic.
+    of_a, of_x = a.unbind(1), x.unbind(1)
+    for t in range(1, steps):
+        of_x[t].addcmul_(of_a[t], of_x[t - 1])
+        of_a[t].mul_(of_a[t - 1])
+    of_a, of_x, ends, tile = a.unbind(), x.unbind(), of_x[-1].unbind(), 0
+    for length in lengths:
+        end = tile - (-length // steps)
+        for later in range(tile + 1, end):
+            of_x[later].addcmul_(of_a[later], ends[later - 1])
+        tile = end
+    x = x.view(-1, width)
+    return x if packed else x[tokens]
+
+
+def _parts(lengths: tuple[int, ...]) -> Iterator[slice]:
+    return (slice(end - n, end) for end, n in zip(accumulate(lengths), lengths, strict=True))
+
+
+@lru_cache(maxsize=4)  # every layer of a pass asks for the same
+def _tiles(
+    lengths: tuple[int, ...], steps: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of T tokens as whole tiles of each sequence, its last row filling up the last one.
+
+    Returns:
+        int64 [tiles * steps], and int64 [T], where in it each row is.
+    """
+    rows, tokens, first = [], [], 0
+    for part in _parts(lengths):
+        count = part.stop - part.start
+        filled = -(-count // steps) * steps
+        rows.append(torch.arange(filled).clamp_(max=count - 1) + part.start)
+        tokens.append(torch.arange(count) + first)
+        first += filled
+    return torch.cat(rows).to(device), torch.cat(tokens).to(device)

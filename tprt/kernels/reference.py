@@ -123,6 +123,9 @@ class ReferenceKernels:
         q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
         return plan(q, kv_cache, scale)
 
+    def pack_recurrence(self, weights: RecurrenceWeights) -> RecurrenceWeights:
+        return weights
+
     def recurrence(
         self,
         xy: torch.Tensor,
@@ -211,8 +214,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """In float32 up to the result: 1 + weight would lose bits in a narrower dtype."""
-    normed = torch.rms_norm(x.float(), (x.shape[-1],), None, norm.eps)
-    return (normed * (1 + norm.weight.float())).to(x.dtype)
+    scale = 1 + norm.weight.float() if norm.scale is None else norm.scale
+    return torch.rms_norm(x.float(), (x.shape[-1],), scale, norm.eps).to(x.dtype)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

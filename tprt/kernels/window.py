@@ -27,8 +27,12 @@ def window_attention(
         q_THD, k_TD, v_TD: of the tokens of this pass, rotated.
         kv: [S, 2, R, D], R at least ``keys``; gets the keys and values of the last tokens.
     """
+    ring = kv.shape[2]
     if segments.starts is None:
-        return _decode(q_THD, k_TD, v_TD, kv, segments.slots, segments.positions, keys, scale)
+        places = segments.once(
+            ("window", ring, keys), lambda: _places(segments.positions, ring, keys)
+        )
+        return _decode(q_THD, k_TD, v_TD, kv, segments.slots, *places, scale)
     out = torch.empty_like(q_THD)
     single, row = [], 0
     lengths = zip(segments.query_lens, segments.starts, strict=True)
@@ -43,9 +47,18 @@ def window_attention(
         row += count
     if single:
         of, rows = torch.tensor(single, device=q_THD.device).unbind(1)
-        slots, positions = segments.slots[of], segments.positions[rows]
-        out[rows] = _decode(q_THD[rows], k_TD[rows], v_TD[rows], kv, slots, positions, keys, scale)
+        places = _places(segments.positions[rows], ring, keys)
+        slots = segments.slots[of]
+        out[rows] = _decode(q_THD[rows], k_TD[rows], v_TD[rows], kv, slots, *places, scale)
     return out
+
+
+def _places(positions: torch.Tensor, ring: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token's key goes, int64 [B], and which places it sees then, bool [B, R]."""
+    p = positions.unsqueeze(1)
+    # The position whose token has each place then.
+    there = p - (p - torch.arange(ring, device=p.device)) % ring
+    return positions % ring, (there >= 0) & (p - there < keys)
 
 
 def _decode(
@@ -54,17 +67,12 @@ def _decode(
     v_BD: torch.Tensor,
     kv: torch.Tensor,
     slots: torch.Tensor,
-    positions: torch.Tensor,
-    keys: int,
+    at: torch.Tensor,
+    seen: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """One token for each sequence; nothing is read on the host."""
-    ring = kv.shape[2]
-    at, p = positions % ring, positions.unsqueeze(1)
+    """One token for each sequence; nothing is read on the host. ``at``, ``seen``: of ``_places``."""
     kv[slots, 0, at], kv[slots, 1, at] = k_BD, v_BD
-    # The position whose token has each place now.
-    there = p - (p - torch.arange(ring, device=kv.device)) % ring
-    seen = (there >= 0) & (p - there < keys)  # [B, R]
     k, v = kv[slots].unbind(1)  # [B, R, D]
     # What an earlier sequence left there may be NaN, and 0 x NaN is NaN: replaced, not only masked.
     hidden = ~seen.unsqueeze(2)

@@ -11,7 +11,6 @@ from tprt.distributed.sharding import ShardSpec, cut, divide, padded_cut, replic
 from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import Activations as Activations
 from tprt.kernels import Norm, SparseWeight, kernels_for
-from tprt.kernels.warm_up import LayerSizes as LayerSizes
 
 
 def sharded_parameter(spec: ShardSpec, dtype: torch.dtype, device: torch.device) -> nn.Parameter:

@@ -36,11 +36,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.kernels = eps, kernels_for(tp.device)
         self.weight = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
+        self.scale: torch.Tensor | None = None
+
+    def finish_loading(self) -> None:
+        self.scale = 1 + self.weight.detach().float()
 
     @property
     def norm(self) -> Norm:
         """For the operations that end in a norm."""
-        return Norm(self.weight, None, self.eps)
+        return Norm(self.weight, None, self.eps, self.scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> the same shape and dtype."""

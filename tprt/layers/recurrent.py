@@ -57,7 +57,7 @@ class Recurrence(nn.Module):
 
     def finish_loading(self) -> None:
         """After the weights are in: lay them out for the kernel, which reads no others."""
-        self.prepared = self._prepare()
+        self.prepared = self.kernels.pack_recurrence(self._prepare())
         for part in self.parts:
             for name in [name for name, _ in part.named_parameters()]:
                 delattr(part, name)

@@ -1,6 +1,7 @@
-"""Rotary position embedding of part of a head, in the two precisions Persimmon is run in.
+"""Rotary position embedding of part of a head: the angles of a pass, once for all layers.
 
-Gives the angles of a pass, once for all layers; ``kernels.qk_norm_rotary`` turns by them.
+From tables, in the two precisions Persimmon is run in, or computed for any position. Kernels turn by
+them.
 """
 
 from typing import Literal

@@ -9,6 +9,16 @@ from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import kernels_for
 from tprt.layers.attention import Angles
 
+# Places of a ring that a part of split attention covers, by bytes of an element.
+SPLIT_PLACES = {2: 128, 4: 32}
+
+
+def split_window_bytes(rows: int, spec: WindowSpec, num_heads: int, dtype: torch.dtype) -> int:
+    """Of float32 sums, maxima and weights of every part of ``rows`` rings in a step."""
+    parts = -(-spec.ring // SPLIT_PLACES[dtype.itemsize])
+    padded = max(16, 1 << (num_heads - 1).bit_length())  # what a matrix product takes
+    return 4 * rows * parts * padded * (spec.head_dim + 2)
+
 
 class WindowAttention(nn.Module):
     """Args:

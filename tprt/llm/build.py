@@ -22,14 +22,12 @@ Phase = Callable[[str], AbstractContextManager[object]]
 
 def kernels_to_compile(
     config: ModelConfig, tp: TPGroup, engine: EngineConfig
-) -> Callable[[], None] | None:
-    """What compiles the kernels of this rank, on the current stream; None where nothing is to be."""
+) -> Callable[[], None]:
+    """What compiles the kernels of this rank, on the current stream."""
     on_paper = TPGroup(tp.rank, tp.size, torch.device("meta"))
     dtype = getattr(torch, engine.dtype)
     model = get_model_class(config.model_type)(config, on_paper, dtype)
     sizes = model.kernel_sizes(engine.block_size)
-    if sizes is None:
-        return None
 
     def compile_them() -> None:
         with use_kernels(*engine.kernel_choice):

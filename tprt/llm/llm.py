@@ -275,6 +275,7 @@ class LLM:
             longest,
             self.engine_config.seed,
             self.vocabulary,
+            self.config.max_position_embeddings,
         )
 
     def _facts(self, reader: CheckpointReader) -> dict[str, Any]:
@@ -416,7 +417,8 @@ class LLM:
             return []
         engine = self._engine
         if not self._stepping:
-            engine.begin_call("step")
+            with self._naming():
+                engine.begin_call("step")
             self._stepping = True
         try:
             engine.step()
@@ -539,7 +541,8 @@ class LLM:
             )
         self._refuse_inside_call(name)
         answer = SimpleNamespace(value=None)
-        self._engine.begin_call(name)
+        with self._naming():
+            self._engine.begin_call(name)
         self._call = name
         try:
             yield answer
@@ -547,7 +550,17 @@ class LLM:
             self._break_off(error)
             raise
         self._call = None
-        self._engine.end_call(answer.value)
+        with self._naming():
+            self._engine.end_call(answer.value)
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """For words to the other ranks that belong to no step: a lost one is named."""
+        try:
+            yield
+        except PeerLost as error:
+            self._name(error)
+            raise
 
     def _break_off(self, error: BaseException) -> None:
         """End the call that ``error`` leaves, here and on the other ranks."""

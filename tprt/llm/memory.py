@@ -226,12 +226,14 @@ def agree_on_cache(
     if memory < 0:
         raise _too_little_for_slots(engine, plan)
     offers = [int(n) for n in gather_json(memory // plan.unit, tp)]
-    warning = uneven_offers(offers)
+    if not plan.block:  # what lies beyond the most that is used is no difference
+        offers = [min(n, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs) for n in offers]
+    warning = uneven_offers(offers, "KV blocks" if plan.block else "snapshots of state")
     if warning and tp.rank == 0:
         logger.warning("%s", warning)
     states = engine.max_num_seqs + 1 if plan.slots else 0
     if not plan.block:
-        return 1, states + min([*offers, SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs])
+        return 1, states + min(offers)
     blocks = kv_blocks(offers, engine, max_model_len)
     if not blocks:
         raise OutOfMemoryPlan(
@@ -240,6 +242,23 @@ def agree_on_cache(
             hint="a larger kv_cache_memory, more ranks, or a smaller block_size",
         )
     return blocks, states
+
+
+def snapshots_that_fit(
+    plan: MemoryPlan, engine: EngineConfig, device_type: str, memory: int | None
+) -> int:
+    """Copies of state that ``agree_on_cache`` allots; the most there can be where that is open.
+
+    Args:
+        memory: bytes for all state; None where nobody has said.
+    """
+    if not plan.slots or plan.block:
+        return 0
+    most = SNAPSHOTS_PER_SEQUENCE * engine.max_num_seqs
+    if memory is None and device_type == "cuda":
+        return most
+    spare = CPU_SNAPSHOT_MEMORY if memory is None else max(0, memory - plan.slots)
+    return min(most, spare // plan.unit)
 
 
 def _too_little_for_slots(engine: EngineConfig, plan: MemoryPlan) -> OutOfMemoryPlan:
@@ -264,13 +283,13 @@ def kv_blocks(offers: list[int], engine: EngineConfig, max_model_len: int) -> in
     return blocks if blocks > 1 else 0
 
 
-def uneven_offers(offers: list[int]) -> str:
-    """What to say when ranks have room for numbers of KV blocks that differ by more than 5%."""
+def uneven_offers(offers: list[int], what: str = "KV blocks") -> str:
+    """What to say when ranks have room for numbers of ``what`` that differ by more than 5%."""
     low, high = min(offers), max(offers)
     if low >= 0.95 * high:
         return ""
     return (
-        f"rank {offers.index(low)} has room for {low} KV blocks, rank {offers.index(high)} for {high}; "
+        f"rank {offers.index(low)} has room for {low} {what}, rank {offers.index(high)} for {high}; "
         "all use the smaller number. Something else may hold memory there"
     )
 

@@ -12,7 +12,7 @@ from tprt.config import ModelConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.layers.embedding import Noise, ParallelLMHead
-from tprt.layers.linear import LayerSizes
+from tprt.sizes import KernelSizes
 
 Tensors = tuple[torch.Tensor, torch.Tensor]
 
@@ -100,5 +100,9 @@ class CausalLM(nn.Module, ABC):
         """Of second layouts of weights that few rows read one way and many another."""
 
     @abstractmethod
-    def kernel_sizes(self, block_size: int) -> LayerSizes | None:
-        """What the operations of this rank's layers work on; None where nothing is compiled ahead."""
+    def kernel_sizes(self, block_size: int) -> KernelSizes:
+        """What the operations of this rank's layers work on, for who compiles them ahead.
+
+        Args:
+            block_size: tokens of a block of a paged cache.
+        """

@@ -21,12 +21,12 @@ from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import (
     Activations,
     ColumnParallelLinear,
-    LayerSizes,
     RowParallelLinear,
 )
 from tprt.layers.norm import HeadLayerNorm, LayerNorm, Norm
 from tprt.layers.rotary import RotaryEmbedding
 from tprt.models.base import CausalLM
+from tprt.sizes import KernelSizes, PagedAttentionSizes
 
 StreamAndNorm = tuple[torch.Tensor, Activations]
 
@@ -189,15 +189,19 @@ class PersimmonForCausalLM(CausalLM):
         whole = config.num_hidden_layers * config.hidden_size * config.intermediate_size
         return whole // self.tp.size
 
-    def kernel_sizes(self, block_size: int) -> LayerSizes:
+    def kernel_sizes(self, block_size: int) -> KernelSizes:
         config, size = self.config, self.tp.size
-        return LayerSizes(
+        return KernelSizes(
             hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads // size,
-            head_dim=config.head_dim,
-            rotary_dim=config.rotary_dim,
             intermediate_size=config.intermediate_size // size,
-            block_size=block_size,
             dtype=self.dtype,
-            head_norms=config.qk_layernorm != "none",
+            norm="layer",
+            activation="squared_relu",
+            attention=PagedAttentionSizes(
+                num_heads=config.num_attention_heads // size,
+                head_dim=config.head_dim,
+                rotary_dim=config.rotary_dim,
+                block_size=block_size,
+                head_norms=config.qk_layernorm != "none",
+            ),
         )

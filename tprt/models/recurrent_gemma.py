@@ -15,7 +15,7 @@ from torch import nn
 
 from tprt.batch import ForwardBatch
 from tprt.cache import CacheSpec
-from tprt.cache.slot_cache import RecurrentCache, SlotCache, SlotSpec, WindowCache
+from tprt.cache.slot_cache import RecurrentCache, SlotCache, SlotSpec, WindowCache, WindowSpec
 from tprt.config import RecurrentGemmaConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
@@ -24,15 +24,15 @@ from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import (
     Activations,
     ColumnShard,
-    LayerSizes,
     MergedColumnParallelLinear,
     RowParallelLinear,
 )
 from tprt.layers.norm import Norm, RMSNorm
 from tprt.layers.recurrent import RGLRU, CausalConv1d, Recurrence
 from tprt.layers.rotary import RotaryAngles
-from tprt.layers.window_attention import WindowAttention
+from tprt.layers.window_attention import WindowAttention, split_window_bytes
 from tprt.models.base import CausalLM
+from tprt.sizes import KernelSizes, RecurrenceSizes, WindowAttentionSizes
 
 StreamAndNorm = tuple[torch.Tensor, Activations]
 
@@ -226,10 +226,30 @@ class RecurrentGemmaForCausalLM(CausalLM):
         return tokens * max(recurrent, mlp)
 
     def partial_bytes(self, rows: int, length: int) -> int:
-        return 0
+        heads = self.config.padded_heads(self.tp.size) // self.tp.size
+        windows = {spec for spec in self.cache_spec() if isinstance(spec, WindowSpec)}
+        return sum(split_window_bytes(rows, spec, heads, self.dtype) for spec in windows)
 
     def copied_elements(self) -> int:
         return 0
 
-    def kernel_sizes(self, block_size: int) -> LayerSizes | None:
-        return None
+    def kernel_sizes(self, block_size: int) -> KernelSizes:
+        config, size = self.config, self.tp.size
+        heads, window, recurrence = config.padded_heads(size) // size, None, None
+        for spec in self.cache_spec():
+            if isinstance(spec, WindowSpec):
+                window = WindowAttentionSizes(
+                    heads, spec.head_dim, config.rotary_dim, spec.keys, spec.ring
+                )
+            else:
+                recurrence = RecurrenceSizes(heads, config.block_width, config.conv1d_width)
+        return KernelSizes(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size // size,
+            dtype=self.dtype,
+            norm="rms",
+            activation="gelu_gate",
+            soft_cap=config.logits_soft_cap,
+            window=window,
+            recurrence=recurrence,
+        )

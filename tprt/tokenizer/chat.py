@@ -15,11 +15,14 @@ class ChatFormat:
     """Args:
     name: of the model that was tuned on it.
     user, assistant: what it calls the two.
+    stop: texts with which a model that goes on past its answer begins the user's next turn, where
+        that is plain text.
     """
 
     name: str
     user: str
     assistant: str
+    stop: tuple[str, ...] = ()
 
     def turns(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         """(who, text) of each message; texts are stripped.
@@ -74,7 +77,7 @@ class ChatFormat:
         return turns
 
 
-PERSIMMON = ChatFormat("Persimmon", "human", "adept")
+PERSIMMON = ChatFormat("Persimmon", "human", "adept", ("\n\nhuman:",))
 GEMMA = ChatFormat("Gemma", "user", "model")
 
 

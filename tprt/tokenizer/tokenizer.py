@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tprt.errors import ConfigError, TokenizerError
-from tprt.tokenizer.chat import GEMMA, render_chat
+from tprt.tokenizer.chat import GEMMA, PERSIMMON, render_chat
 from tprt.tokenizer.detokenizer import Detokenizer
 from tprt.tokenizer.sentencepiece_model import (
     BYTE,
@@ -84,6 +84,8 @@ class Tokenizer:
         alike = END_OF_TEXT in self._ids or plain.bos_id() < 0
         self.bos_id: int = self.eod_id if alike else plain.bos_id()
         self.end_ids = frozenset({self.eod_id, *self._turn[1:]})
+        self.turn_markers = tuple(self._pieces[i] for i in self._turn)
+        self.chat_stop = (GEMMA if self._turn else PERSIMMON).stop
         ends = plain.unk_id(), plain.bos_id(), plain.eos_id(), plain.pad_id()
         self._kept = frozenset({self.eod_id, *ends})
         self.unused_ids = longest_run(self._pieces, self._kinds, self._kept, looks_unused)

@@ -156,6 +156,9 @@ class TritonKernels:
         q = self.qk_norm_rotary_store(qkv, norms, cos, sin, kv_cache, slot_mapping)
         return plan(q, kv_cache, scale)
 
+    def pack_recurrence(self, weights: RecurrenceWeights) -> RecurrenceWeights:
+        return weights
+
     def recurrence(
         self,
         xy: torch.Tensor,
@@ -182,7 +185,7 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
     ) -> torch.Tensor:
         logits = linear.logits(x, weight, self.tiles)
-        return logits if soft_cap is None else torch.tanh(logits / soft_cap) * soft_cap
+        return logits if soft_cap is None else logits.div_(soft_cap).tanh_().mul_(soft_cap)
 
     def linear_argmax(
         self,

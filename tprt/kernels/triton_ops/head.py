@@ -110,8 +110,11 @@ def _reduce(best: torch.Tensor, columns: torch.Tensor, ids: torch.Tensor) -> Ten
     return scores, drawn
 
 
-# One binary for any number of rows and programs: a step may be the first with so many rows that draw.
-@triton.jit(do_not_specialize=["num_rows", "parts"])
+# One binary for any number of rows and programs, and wherever positions lie in what a step sends to the
+# device: it may be the first with so many rows that draw.
+@triton.jit(
+    do_not_specialize=["num_rows", "parts"], do_not_specialize_on_alignment=["positions_ptr"]
+)
 def _linear_argmax_kernel(
     x_ptr, weight_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
     columns_ptr, num_rows, width, num_valid, x_stride, weight_stride, parts,
@@ -145,7 +148,9 @@ def _linear_argmax_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "parts"])
+@triton.jit(
+    do_not_specialize=["num_rows", "parts"], do_not_specialize_on_alignment=["positions_ptr"]
+)
 def _argmax_kernel(
     logits_ptr, ids_ptr, temperature_ptr, greedy_ptr, keys_ptr, positions_ptr, best_ptr,
     columns_ptr, num_rows, num_valid, stride, parts, NOISY: tl.constexpr, BLOCK: tl.constexpr,

@@ -148,7 +148,7 @@ def _skinny(
     if tile.variant == "fma":
         assert rows <= MAX_FMA_ROWS
         vector = min(16 // x.element_size(), tile.block_k)
-        scale, shift, eps = norm or (x, x, 0.0)
+        scale, shift, eps = (x, x, 0.0) if norm is None else norm[:3]
         width = 0 if norm is None else triton.next_power_of_2(k)
         _fma_kernel[grid](
             *tensors, scale, shift, *sizes, stride, eps,

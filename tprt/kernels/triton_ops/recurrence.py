@@ -23,7 +23,9 @@ from tprt.kernels.triton_ops.numerics import dot, gelu, round_to, sigmoid
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
 ROWS = 16  # of a step, at least: what a matrix product takes
-STEP_COLUMNS = {2: 64, 4: 16}  # of a program of a step, by bytes of a weight
+# Of a program of a step, by bytes of a weight: columns of the gates' matrices, and their rows at a time;
+# a product of float32 has all it reads in registers.
+STEP_COLUMNS, STEP_INNER = {2: 64, 4: 16}, {2: 256, 4: 32}
 SCAN_COLUMNS, SCAN_STEPS = 32, 32  # of a program of a scan, and of one of its tiles
 
 
@@ -49,13 +51,14 @@ def _step(
 ) -> torch.Tensor:
     rows, width = len(xy), state.shape[1]
     heads, block, _ = weights.gate_weight.shape
-    columns = min(STEP_COLUMNS[xy.itemsize], triton.next_power_of_2(block))
+    padded = max(16, triton.next_power_of_2(block))
+    columns = min(STEP_COLUMNS[xy.itemsize], padded)
     out = torch.empty(rows, width, dtype=xy.dtype, device=xy.device)
     grid = (triton.cdiv(block, columns), heads, triton.cdiv(rows, ROWS))
     _step_kernel[grid](
         xy, segments.slots, segments.positions, *weights, state, conv, out,
         rows, width, xy.stride(0),
-        BLOCK=block, PADDED=max(16, triton.next_power_of_2(block)), COLUMNS=max(16, columns),
+        BLOCK=block, PADDED=padded, INNER=min(STEP_INNER[xy.itemsize], padded), COLUMNS=columns,
         TAPS=conv.shape[1], ROWS=ROWS, num_warps=4, **pdl_options(xy.device),
     )  # fmt: skip
     return out
@@ -132,24 +135,47 @@ def _convolve(
 
 
 @triton.jit
+def _of_head(
+    xy_ptr, conv_ptr, weight_ptr, bias_ptr, rows, slots, positions, head, inner, there, width,
+    row_stride, BLOCK: tl.constexpr, TAPS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """``_convolve`` of channels ``inner`` of a head, 0 past its end, rounded to what gates multiply."""
+    in_head = inner < BLOCK
+    c, _ = _convolve(
+        xy_ptr, conv_ptr, weight_ptr, bias_ptr, rows, slots, positions, head * BLOCK + inner,
+        there[:, None] & in_head[None, :], width, row_stride, TAPS,
+    )  # fmt: skip
+    return round_to(tl.where(in_head[None, :], c, 0.0), dtype)
+
+
+@triton.jit
+def _gate_weights(weight_ptr, head, inner, columns, BLOCK: tl.constexpr):
+    """Rows ``inner`` and some columns of a head's matrices of both gates."""
+    both = (inner < BLOCK)[:, None] & (columns < BLOCK)[None, :]
+    at = weight_ptr + (head * BLOCK + inner)[:, None] * (2 * BLOCK) + columns[None, :]
+    return tl.load(at, mask=both, other=0.0), tl.load(at + BLOCK, mask=both, other=0.0)
+
+
+# One binary for any number of rows, and wherever slots and positions lie in what a step sends to the
+# device; so too below.
+@triton.jit(
+    do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"]
+)
 def _step_kernel(
     xy_ptr, slots_ptr, positions_ptr,
     conv_weight_ptr, conv_bias_ptr, gate_weight_ptr, gate_bias_ptr, log_decay_ptr,
     state_ptr, conv_ptr, out_ptr,
     num_rows, width, row_stride,
-    BLOCK: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PADDED: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl_launch_dependents(PDL)
     tile, head, group = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    inner = tl.arange(0, PADDED)
+    inner = tl.arange(0, INNER)
     columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-    in_head, mine = inner < BLOCK, columns < BLOCK
+    mine = columns < BLOCK
     # Weights first: nobody writes them, so they may be on their way before the last kernel has ended.
-    gates = gate_weight_ptr + (head * BLOCK + inner)[:, None] * (2 * BLOCK) + columns[None, :]
-    both = in_head[:, None] & mine[None, :]
-    input_gate = tl.load(gates, mask=both, other=0.0)
-    decay_gate = tl.load(gates + BLOCK, mask=both, other=0.0)
+    input_gate, decay_gate = _gate_weights(gate_weight_ptr, head, inner, columns, BLOCK)
     biases = gate_bias_ptr + head * (2 * BLOCK) + columns
     input_bias = tl.load(biases, mask=mine, other=0.0)
     decay_bias = tl.load(biases + BLOCK, mask=mine, other=0.0)
@@ -161,13 +187,21 @@ def _step_kernel(
     slots = tl.load(slots_ptr + rows, mask=there, other=0)
     positions = tl.load(positions_ptr + rows, mask=there, other=0)
     rows = rows.to(tl.int64)
-    whole, _ = _convolve(
-        xy_ptr, conv_ptr, conv_weight_ptr, conv_bias_ptr, rows, slots, positions,
-        head * BLOCK + inner, there[:, None] & in_head[None, :], width, row_stride, TAPS,
+    whole = _of_head(
+        xy_ptr, conv_ptr, conv_weight_ptr, conv_bias_ptr, rows, slots, positions, head, inner, there,
+        width, row_stride, BLOCK, TAPS, input_gate.dtype,
     )  # fmt: skip
-    whole = round_to(tl.where(in_head[None, :], whole, 0.0), input_gate.dtype)
-    gate_in = dot(whole, input_gate) + input_bias[None, :]
-    gate_a = dot(whole, decay_gate) + decay_bias[None, :]
+    gate_in, gate_a = dot(whole, input_gate), dot(whole, decay_gate)
+    for start in range(INNER, PADDED, INNER):
+        input_gate, decay_gate = _gate_weights(gate_weight_ptr, head, start + inner, columns, BLOCK)
+        whole = _of_head(
+            xy_ptr, conv_ptr, conv_weight_ptr, conv_bias_ptr, rows, slots, positions, head,
+            start + inner, there, width, row_stride, BLOCK, TAPS, input_gate.dtype,
+        )  # fmt: skip
+        gate_in += dot(whole, input_gate)
+        gate_a += dot(whole, decay_gate)
+    gate_in += input_bias[None, :]
+    gate_a += decay_bias[None, :]
     mask = there[:, None] & mine[None, :]
     c, z = _convolve(
         xy_ptr, conv_ptr, conv_weight_ptr, conv_bias_ptr, rows, slots, positions,
@@ -188,7 +222,7 @@ def _step_kernel(
     tl.store(conv_ptr + place, z, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def _conv_kernel(
     xy_ptr, slots_ptr, positions_ptr, begins_ptr, weight_ptr, bias_ptr, conv_ptr, out_ptr,
     width, row_stride,
@@ -221,7 +255,7 @@ def _combine(a_1, x_1, a_2, x_2):
     return a_1 * a_2, a_2 * x_1 + x_2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["slots_ptr"])
 def _scan_kernel(
     c_ptr, gates_ptr, xy_ptr, gate_bias_ptr, log_decay_ptr, state_ptr, out_ptr,
     slots_ptr, begins_ptr, first_rows_ptr, last_rows_ptr,

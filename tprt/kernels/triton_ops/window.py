@@ -16,8 +16,8 @@ from tprt.batch import Segments
 from tprt.kernels.triton_ops.numerics import dot, round_to
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
-# By bytes of an element. Places of a partial result; keys, and queries times heads, of a program of a
-# prompt.
+# By bytes of an element. Places of a partial result, as plans of memory have them; keys, and queries
+# times heads, of a program of a prompt.
 PART = {2: 128, 4: 32}
 KEYS_AT_ONCE, ROWS_AT_ONCE = {2: 32, 4: 16}, {2: 64, 4: 32}
 LOG2_E = 1.4426950408889634
@@ -50,7 +50,7 @@ def _step(
 ) -> torch.Tensor:
     rows, heads, dim = len(qkv), qkv.shape[1] - 2, qkv.shape[2]
     ring, padded = kv.shape[2], max(16, triton.next_power_of_2(heads))
-    part = min(PART[kv.itemsize], ring)
+    part = min(PART[kv.itemsize], triton.next_power_of_2(ring))
     parts = triton.cdiv(ring, part)
     sums = torch.empty(rows, parts, padded, dim, dtype=torch.float32, device=qkv.device)
     stats = torch.empty(rows, parts, 2, padded, dtype=torch.float32, device=qkv.device)
@@ -134,7 +134,8 @@ def _rotate_kernel(
     tl.store(out_ptr + (row * tl.num_programs(1) + head) * DIM + dims, x)
 
 
-@triton.jit
+# One binary wherever slots and positions lie in what a step sends to the device; so too below.
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr", "positions_ptr"])
 def _step_kernel(
     qkv_ptr, cos_ptr, sin_ptr, slots_ptr, positions_ptr, kv_ptr, sums_ptr, stats_ptr,
     row_stride, ring, keys, scale,
@@ -219,7 +220,7 @@ def _attend(q, k, v, visible, largest, total, values, scale):
     return above, total, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _prompt_kernel(
     rotated_ptr, qkv_ptr, kv_ptr, out_ptr, slots_ptr, begins_ptr, first_rows_ptr, last_rows_ptr,
     row_stride, ring, keys, scale,
