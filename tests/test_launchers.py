@@ -34,12 +34,19 @@ command = sys.argv[1:]
 options = [command.pop(0) for _ in sys.argv if command[0].startswith("--")]
 nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
 assert f"--ntasks={{nodes}}" in options and "--ntasks-per-node=1" in options, options
-tasks = []
+tasks, pending = [], []
+def hand_on(*received):
+    pending.extend(received[:1])
+    while pending and len(tasks) == nodes:  # a task that has not begun must hear of it too
+        number = pending.pop(0)
+        for task in tasks:
+            task.send_signal(number)
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda n, _: [task.send_signal(n) for task in tasks])
+    signal.signal(number, hand_on)
 for i in range(nodes):
     env = os.environ | {{"SLURM_NODEID": str(i), "SLURM_PROCID": str(i)}}
     tasks.append(subprocess.Popen(command, env=env))
+hand_on()
 codes = [task.wait() for task in tasks]
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
