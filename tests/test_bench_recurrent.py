@@ -10,9 +10,14 @@ from test_bench import run
 
 from tprt.bench import kernels as kernels_bench
 from tprt.bench import picture
-from tprt.bench.costs import prefill_operations, step_bytes
+from tprt.bench.costs import matrix_shapes, prefill_operations, step_bytes
 from tprt.bench.filled import decode_seconds, prompts_of, start, stop
-from tprt.bench.named_models import RECURRENT_TOY, RECURRENTGEMMA_2B, RECURRENTGEMMA_9B
+from tprt.bench.named_models import (
+    PERSIMMON_8B,
+    RECURRENT_TOY,
+    RECURRENTGEMMA_2B,
+    RECURRENTGEMMA_9B,
+)
 from tprt.bench.synthetic import random_engine
 from tprt.cli import main
 from tprt.config import EngineConfig, RecurrentGemmaConfig
@@ -49,8 +54,20 @@ def test_kernels_of_both_kinds_of_layers(capsys, monkeypatch):
     assert told == {"layer_norm", "add_layer_norm", "recurrence", "window attention"}
 
 
+def test_tiles_are_measured_of_every_product():
+    """Of a rank of two; a down projection behind a squared ReLU has a kernel of its own."""
+    of_2b = matrix_shapes(RECURRENTGEMMA_2B, torch.bfloat16, 4)
+    width = 3 * 256  # ten heads and two of zeros, over four ranks
+    assert set(of_2b) == {
+        (2 * width, 2560), (2560, width), (2 * 1920, 2560), (2560, 1920),
+        (width + 2 * 256, 2560), (64000, 2560),
+    }  # fmt: skip
+    of_8b = matrix_shapes(PERSIMMON_8B, torch.bfloat16, 2)
+    assert set(of_8b) == {(6144, 4096), (4096, 2048), (8192, 4096), (131072, 4096)}
+
+
 def test_what_only_squared_relu_has_is_refused(capsys):
-    for flags in (["decode", "--zeros", "0.5"], ["bytes"], ["kernels", "--tune", "x.json"]):
+    for flags in (["decode", "--zeros", "0.5"], ["bytes"]):
         assert main(["bench", *flags, "--model", "toy-recurrent", "--toy"]) == 2
         assert "recurrent_gemma" in capsys.readouterr().err
     assert main(["bench", "throughput", "--context", "16", "--model", "toy-recurrent"]) == 2

@@ -328,22 +328,22 @@ def test_error_found_by_the_ranks_keeps_its_code(copy):
 def test_sigterm_leaves_only_what_a_resume_needs(copy):
     """A scheduler's SIGTERM ends the job with 143 and takes the temporary output along."""
     prompts = copy.parent / "many.jsonl"
-    prompts.write_text('{"prompt": "human: Repeat: lamp"}\n' * 400)
-    argv, out = generate(copy, "--set", "sampling.ignore_eos=true", "--max-tokens", "1000")
+    prompts.write_text('{"prompt": "human: Repeat: lamp"}\n' * 4000)
+    argv, out = generate(copy, "--set", "sampling.ignore_eos=true", "--max-tokens", "100")
     argv[argv.index("--input") + 1] = str(prompts)
+    journal = out.parent / f"{out.name}.journal"
     process = subprocess.Popen([sys.executable, "-m", "tprt", *argv], cwd=ROOT)
     try:
         for _ in range(600):
-            if any(out.name in p.name for p in out.parent.iterdir()):
+            if journal.exists() and b" finish " in journal.read_bytes():
                 break
             time.sleep(0.1)
-        time.sleep(1.0)
         process.terminate()
         assert process.wait(timeout=60) == 143
     finally:
         process.kill()
     left = {p.name for p in out.parent.iterdir() if out.name in p.name}
-    assert left == {f"{out.name}.journal", f"{out.name}.status.json"}
+    assert left == {journal.name, f"{out.name}.status.json"}
 
 
 def test_plan_of_odd_configs(tmp_path, capsys):

@@ -231,6 +231,17 @@ def test_rows_past_the_tokenizer_stay_forbidden(size):
     assert ids.gather(0, scores.argmax(0, keepdim=True)).flatten().tolist() == [29] * 4
 
 
+def test_tables_of_a_plan_take_no_memory():
+    """A config may name 2^31 ids: 16 GiB of them."""
+    vocabulary, meta = Vocabulary(2**31 - 1, ((5, 9),)), torch.device("meta")
+    assert vocabulary.column_ids(1, 2, meta).shape == (vocabulary.part(2),)
+    assert vocabulary.row_of(1, 2, meta).shape == (vocabulary.size,)
+    small = Vocabulary(40, ((5, 9),))
+    for make in (small.column_ids, small.row_of):
+        on_paper, real = make(1, 2, meta), make(1, 2, torch.device("cpu"))
+        assert (on_paper.shape, on_paper.dtype) == (real.shape, real.dtype)
+
+
 def test_plan_shows_what_is_saved(capsys):
     model = str(ROOT / "configs" / "persimmon-8b.json")
 

@@ -501,6 +501,22 @@ def test_tuning_times_every_candidate_and_its_table_is_what_is_loaded():
     assert loaded.choose(1, 9, 24, dtype) == tiles.default_plan(9, 24, dtype).fma
 
 
+def test_a_table_keeps_shapes_that_are_not_measured_again():
+    def table(*sizes, fma_rows=2, **made_by):
+        return {
+            "device": "some GPU", "torch": "2", "triton": "3",
+            "shapes": [ENTRY | {"n": n, "fma_rows": fma_rows} for n in sizes], **made_by,
+        }  # fmt: skip
+
+    old, new = table(64, 96, sparse_rows=4), table(96, 128, fma_rows=1)
+    found = tiles.merge(old, new)
+    assert [(e["n"], e["fma_rows"]) for e in found["shapes"]] == [(64, 2), (96, 1), (128, 1)]
+    assert found["sparse_rows"] == 4
+    tiles.parse(json.dumps(found), "table.json")
+    for other in ({"device": "another"}, {"triton": "2"}):
+        assert tiles.merge(old | other, new) == new
+
+
 ENTRY = {
     "n": 64, "k": 32, "dtype": "bfloat16", "fma_rows": 2, "max_rows": 8,
     "fma": {"block_n": 4, "block_k": 256, "num_warps": 1, "num_stages": 1},

@@ -14,6 +14,8 @@ from tprt.config import ModelConfig, PersimmonConfig, RecurrentGemmaConfig
 from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.engine.memory_plan import plan_rank
+from tprt.layers.embedding import ParallelLMHead
+from tprt.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from tprt.models import CausalLM, get_model_class
 
 
@@ -33,6 +35,24 @@ def weight_bytes(
     tied = "lm_head.weight" not in parameters
     read = (p for name, p in parameters.items() if tied or "embed_tokens" not in name)
     return sum(p.numel() for p in read) * dtype.itemsize
+
+
+def matrix_shapes(
+    config: ModelConfig, dtype: torch.dtype, tp_size: int, vocabulary: Vocabulary | None = None
+) -> list[tuple[int, int]]:
+    """[n, k] of each x W^T of a rank, once each; not of those that leave rows of W unread."""
+    shapes: dict[tuple[int, int], None] = {}
+    for module in on_paper(config, dtype, tp_size, vocabulary).modules():
+        if isinstance(module, MergedColumnParallelLinear):
+            weights = [shard.weight for shard in module.shards]
+            shapes[sum(len(w) for w in weights), weights[0].shape[1]] = None
+        elif isinstance(module, ParallelLMHead):
+            shapes[module.part, config.hidden_size] = None
+        elif isinstance(module, ParallelLinear):
+            if not (isinstance(module, RowParallelLinear) and module.sparse is not None):
+                n, k = module.weight.shape
+                shapes[n, k] = None
+    return list(shapes)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from tprt.bench.costs import matrix_shapes
 from tprt.bench.device_timing import Call, Ceilings, measure_ceilings, time_calls, triton_interprets
 from tprt.bench.kernel_cases import FULL, TOY, Case, CaseMaker, Cases, Shapes
 from tprt.bench.named_models import require_persimmon
 from tprt.bench.recurrent_cases import RecurrentCases
 from tprt.bench.report import Report, Say, device_name
-from tprt.config import EngineConfig, ModelConfig, PersimmonConfig, RecurrentGemmaConfig
-from tprt.distributed.sharding import padded_part
+from tprt.config import EngineConfig, ModelConfig, RecurrentGemmaConfig
 from tprt.errors import ConfigError
 from tprt.kernels import Kernels, kernels_for, use_kernels
 
@@ -46,10 +46,11 @@ def kernels(
     Args:
         shard: sizes are those of rank 0 of so many.
         only: operations whose name contains this.
-        tune: where tile sizes found for this device are written; None tunes nothing.
+        tune: where tile sizes found for this device are written, beside those of other shapes that
+            are there; None tunes nothing.
 
     Raises:
-        ConfigError: no operation is called ``only``, or ``tune`` with another model than a Persimmon.
+        ConfigError: no operation is called ``only``; or what lies at ``tune`` is no table.
     """
     config.validate_parallel(shard)
     dtype: torch.dtype = getattr(torch, engine_config.dtype)
@@ -58,9 +59,7 @@ def kernels(
     say(f"ceilings of this run: {shown}")
     details: dict[str, Any] = {"ceilings": ceilings.to_json()}
     if tune is not None:
-        details["tuned"] = tune_tiles(
-            require_persimmon(config, "--tune"), shard, dtype, device, tune, toy, say
-        )
+        details["tuned"] = tune_tiles(config, shard, dtype, device, tune, toy, say)
     say(f"{'operation':21} {'shape':24} {'body':10} {'us':>10} {'rate':>14} {'of floor':>9}")
     lines = []
     with torch.inference_mode():
@@ -138,7 +137,7 @@ def shown_line(line: dict[str, Any]) -> str:
 
 
 def tune_tiles(
-    config: PersimmonConfig,
+    config: ModelConfig,
     shard: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -150,9 +149,10 @@ def tune_tiles(
     from tprt.kernels.triton_ops import TritonKernels, linear, tiles
 
     TritonKernels(device)  # says so where Triton does not run
-    hidden, ffn = config.hidden_size, config.intermediate_size // shard
-    local, part = hidden // shard, padded_part(config.vocab_size, shard)
-    shapes = [(3 * local, hidden), (hidden, local), (ffn, hidden), (part, hidden)]
+    before = path.read_text("utf-8") if path.exists() else None
+    if before is not None:
+        tiles.parse(before, str(path))
+    shapes = matrix_shapes(config, dtype, shard)
     if toy:
         shapes = shapes[1:2]
 
@@ -166,6 +166,8 @@ def tune_tiles(
     say(f"tuning {len(shapes)} shapes ...")
     sizes = [(n, k, dtype) for n, k in shapes]
     table: dict[str, Any] = tiles.tune(sizes, device, linear.product, timer)
+    if before is not None:
+        table = tiles.merge(json.loads(before), table)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     say(f"tiles written to {path}")

@@ -105,6 +105,8 @@ class Vocabulary:
     def column_ids(self, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
         """int64 [part], ascending: the id of each column of ``rank``."""
         part = self.part(ranks)
+        if device.type == "meta":  # a plan, of as many ids as its config likes
+            return torch.empty(part, dtype=torch.int64, device=device)
         start, stop = rank * part, (rank + 1) * part
         padding = range(self.size + max(start - self.num_kept, 0), self.size + stop - self.num_kept)
         runs = [np.arange(run.start, run.stop) for run in (*self.runs(rank, ranks), padding)]
@@ -124,6 +126,8 @@ class Vocabulary:
 
     def row_of(self, rank: int, ranks: int, device: torch.device) -> torch.Tensor:
         """int64 [size]: where each id lies among the columns of ``rank``; ``part`` for ids elsewhere."""
+        if device.type == "meta":
+            return torch.empty(self.size, dtype=torch.int64, device=device)
         part = self.part(ranks)
         local = self.columns - rank * part
         local[(self.columns < 0) | (local < 0) | (local >= part)] = part

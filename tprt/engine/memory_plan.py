@@ -101,7 +101,8 @@ def plan_runtime(
     tokens, rows = engine.max_num_batched_tokens, min(slots - 1, engine.max_num_batched_tokens)
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
-    need = _step_sizes(config, tp_size, dtype, tokens, rows, bucket, length)
+    sparse = engine.sparse_rows != 0
+    need = _step_sizes(config, tp_size, dtype, tokens, rows, bucket, length, sparse)
     # One after the other: the layers, and what becomes of their last rows.
     layers = need.activations * itemsize + need.partials
     workspace = max(layers, _sampling(rows, part, tp_size), scores)
@@ -110,7 +111,7 @@ def plan_runtime(
         pool = need.activations_of_graphs * itemsize + need.partials
         pool += _sampling(bucket, part, tp_size) + 8 * bucket * blocks
     if device_type != "cuda":
-        copied = engine.kernels == "auto" and engine.sparse_rows != 0 and engine.dtype == "bfloat16"
+        copied = engine.kernels == "auto" and engine.dtype == "bfloat16"
         copies = need.copied * itemsize if copied else 0
         return RuntimePlan(state, workspace, pool, 0, 0, copies)
     context = CONTEXT + (COMMUNICATOR if tp_size > 1 else 0)
@@ -135,13 +136,14 @@ def _step_sizes(
     rows: int,
     bucket: int,
     length: int,
+    sparse: bool,
 ) -> _StepSizes:
     model = _on_paper(config, 0, tp_size, dtype, length)
     return _StepSizes(
         model.activation_elements(tokens, length),
         model.activation_elements(bucket, 0),
         model.partial_bytes(rows, length),
-        model.copied_elements(),
+        model.copied_elements(sparse),
     )
 
 

@@ -79,9 +79,9 @@ class Sampler:
         """How ``rows`` draw, from what their slots hold."""
         index = rows.slots
         return Noise(
-            temperature=state.temperature[index],
-            greedy=state.greedy[index],
-            keys=state.keys[index],
+            temperature=state.temperature.index_select(0, index),
+            greedy=state.greedy.index_select(0, index),
+            keys=state.keys.index_select(0, index),
             positions=rows.positions,
             all_greedy=rows.all_greedy,
         )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from tprt.batch import Segments
+from tprt.kernels.cpu_window import IN_PLACE
 from tprt.kernels.interface import Activations, Norm, SparseWeight, Tensors
 from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_in_tiles
 from tprt.kernels.reference import ReferenceKernels, causal_mask, gather_kv
@@ -50,6 +51,7 @@ class CPUKernels(ReferenceKernels):
     """See ``interface.Kernels``; what stands here is faster than the plain body on a CPU."""
 
     name = "cpu"
+    window_decode = IN_PLACE
 
     def __init__(self, sparse_rows: int | None = None) -> None:
         super().__init__()

@@ -54,25 +54,27 @@ def recurrence(
     Returns:
         [T, W]: h * gelu(y), in the dtype of ``xy``.
     """
-    width = xy.shape[1] // 2
-    z, y = xy[:, :width], xy[:, width:]
+    z, y = xy.chunk(2, dim=1)
     c = causal_conv(z, weights, conv, segments)  # float32 [T, W]
     heads, block, _ = weights.gate_weight.shape
-    blocks = c.to(weights.gate_weight.dtype).view(-1, heads, block).transpose(0, 1)  # [H, T, W / H]
+    of_heads = c.view(-1, heads, block)
+    blocks = of_heads.to(weights.gate_weight.dtype).transpose(0, 1)  # [H, T, W / H]
     bias = weights.gate_bias.unsqueeze(1)
     if blocks.dtype == torch.float32:
         gates = torch.baddbmm(bias, blocks, weights.gate_weight)
     else:
         gates = torch.bmm(blocks, weights.gate_weight).float() + bias
     gates = gates.sigmoid_().transpose(0, 1)  # [T, H, 2 W / H]
-    log_a = gates[..., block:].reshape(-1, width) * weights.log_decay
-    x = c * gates[..., :block].reshape(-1, width)
+    # In place from here on: of a long prompt new tensors take longer than the arithmetic.
+    log_a = gates[..., block:].reshape(c.shape).mul_(weights.log_decay)
+    of_heads.mul_(gates[..., :block])
+    x = c
     # sqrt(1 - a^2) where a is near 1, as 1 - exp(2 log a) would lose it.
     start = segments.once("start", lambda: segments.is_start.unsqueeze(1))
-    x *= torch.expm1(2 * log_a).neg_().sqrt_().masked_fill_(start, 1.0)
+    x.mul_((2 * log_a).expm1_().neg_().sqrt_().masked_fill_(start, 1.0))
     a = log_a.exp_()
     if segments.starts is None:
-        h = x.addcmul_(a, state[segments.slots].masked_fill_(start, 0.0))
+        h = x.addcmul_(a, state.index_select(0, segments.slots).masked_fill_(start, 0.0))
         state.index_copy_(0, segments.slots, h)
         return (h * F.gelu(y.float(), approximate="tanh")).to(xy.dtype)
     # A sequence's carried state enters with its first token of the pass. Replaced, not multiplied by 0,
@@ -96,11 +98,10 @@ def causal_conv(
     """
     taps, weight = conv.shape[1], weights.conv_weight.float()
     if segments.starts is None:
-        slots, places, own, missing = segments.once(
-            ("taps", taps), lambda: _last_places(segments, taps)
-        )
-        conv[segments.slots, own] = z
-        inputs = conv[slots, places].masked_fill_(missing, 0.0)
+        last, own, missing = segments.once(("taps", taps), lambda: _last_places(segments, taps))
+        places = conv.view(-1, z.shape[1])
+        places.index_copy_(0, own, z)
+        inputs = places.index_select(0, last).view(-1, taps, z.shape[1]).masked_fill_(missing, 0.0)
         return (inputs * weight.t()).sum(1).add_(weights.conv_bias)
     before = segments.positions[segments.first_rows].unsqueeze(1) + torch.arange(
         1 - taps, 0, device=z.device
@@ -125,13 +126,13 @@ def _last_places(segments: Segments, count: int) -> tuple[torch.Tensor, ...]:
     """Where rings of ``count`` places have the last inputs of a decode step's sequences.
 
     Returns:
-        Slots, int64 [B, 1], and places, int64 [B, count], the own one last; that alone, int64 [B]; and
-        bool [B, count, 1] where the sequence has not been so long.
+        int64 [B * count], rows of all places of all slots, a sequence's own input last; those of the own
+        ones, int64 [B]; and bool [B, count, 1] where the sequence has not been so long.
     """
     device = segments.positions.device
     at = segments.positions.unsqueeze(1) + torch.arange(1 - count, 1, device=device)
-    places = at % count
-    return segments.slots.unsqueeze(1), places, places[:, -1], (at < 0).unsqueeze(2)
+    rows = segments.slots.unsqueeze(1) * count + at % count
+    return rows.flatten(), rows[:, -1], (at < 0).unsqueeze(2)
 
 
 def scan_by_step(a: torch.Tensor, x: torch.Tensor, lengths: Lengths = None) -> torch.Tensor:

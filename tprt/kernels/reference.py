@@ -24,7 +24,7 @@ from tprt.kernels.interface import (
 )
 from tprt.kernels.noise import gumbel, token_table
 from tprt.kernels.recurrence import RecurrenceWeights, recurrence, scan_by_step
-from tprt.kernels.window import window_attention
+from tprt.kernels.window import GATHERED, window_attention
 
 FP16_MAX = 65504.0
 NEG_INF = float("-inf")
@@ -35,6 +35,7 @@ class ReferenceKernels:
 
     name = "reference"
     sparse_rows: int | None = 0
+    window_decode = GATHERED
 
     def pack_weight(self, weight: torch.Tensor) -> torch.Tensor:
         return weight
@@ -147,9 +148,8 @@ class ReferenceKernels:
         scale: float,
     ) -> torch.Tensor:
         rotated = rotate(qkv[:, :-1], cos, sin)
-        return window_attention(
-            rotated[:, :-1], rotated[:, -1], qkv[:, -1], kv, segments, keys, scale
-        )
+        q, k, v = rotated[:, :-1], rotated[:, -1], qkv[:, -1]
+        return window_attention(q, k, v, kv, segments, keys, scale, self.window_decode)
 
     def logits(
         self, x: torch.Tensor, weight: torch.Tensor, soft_cap: float | None = None
@@ -215,7 +215,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """In float32 up to the result: 1 + weight would lose bits in a narrower dtype."""
     scale = 1 + norm.weight.float() if norm.scale is None else norm.scale
-    return torch.rms_norm(x.float(), (x.shape[-1],), scale, norm.eps).to(x.dtype)
+    y = x.float()
+    y = y.clone() if y is x else y
+    # In place: torch.rms_norm is as many operations on a CPU, each with a new tensor.
+    mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return y.mul_(mean.add_(norm.eps).rsqrt_()).mul_(scale).to(x.dtype)
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

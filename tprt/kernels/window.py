@@ -4,12 +4,31 @@ One head of keys and values serves all queries. Legend: T tokens, B sequences, S
 this rank, D head width, R places of a ring. Knows tensors only.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from tprt.batch import Segments
 
 QUERIES = 256  # of a chunk at a time: more would look at more keys that none of them sees
+
+
+class Decode(NamedTuple):
+    """How sequences with one token each attend.
+
+    Args:
+        plan: slots and positions, int64 [B] each, rings [S, 2, R, D] and the keys that a query sees ->
+            what is the same for all layers.
+        attend: queries [B, H, D], keys and values [B, D], rings, plan and scale -> [B, H, D]; the keys
+            and values are in the rings then.
+    """
+
+    plan: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], Any]
+    attend: Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Any, float], torch.Tensor
+    ]
 
 
 def window_attention(
@@ -20,45 +39,61 @@ def window_attention(
     segments: Segments,
     keys: int,
     scale: float,
+    decode: Decode | None = None,
 ) -> torch.Tensor:
     """Each token attends to itself and the ``keys`` - 1 tokens before it; [T, H, D].
 
     Args:
         q_THD, k_TD, v_TD: of the tokens of this pass, rotated.
         kv: [S, 2, R, D], R at least ``keys``; gets the keys and values of the last tokens.
+        decode: for sequences with one token; None for what reads nothing on the host.
     """
-    ring = kv.shape[2]
+    decode = decode or GATHERED
+    which = "window", kv.shape[2], keys
     if segments.starts is None:
-        places = segments.once(
-            ("window", ring, keys), lambda: _places(segments.positions, ring, keys)
+        plan = segments.once(
+            which, lambda: decode.plan(segments.slots, segments.positions, kv, keys)
         )
-        return _decode(q_THD, k_TD, v_TD, kv, segments.slots, *places, scale)
+        return decode.attend(q_THD, k_TD, v_TD, kv, plan, scale)
     out = torch.empty_like(q_THD)
-    single, row = [], 0
+    row = 0
     lengths = zip(segments.query_lens, segments.starts, strict=True)
     for i, (count, start) in enumerate(lengths):
-        if count == 1:
-            single.append((i, row))
-        else:
+        if count > 1:
             part = slice(row, row + count)
             mine = kv[segments.slots[i]]
             out[part] = _chunk(q_THD[part], k_TD[part], v_TD[part], mine, start, keys, scale)
             _store(k_TD[part], v_TD[part], kv, segments.slots[i], start)
         row += count
-    if single:
-        of, rows = torch.tensor(single, device=q_THD.device).unbind(1)
-        places = _places(segments.positions[rows], ring, keys)
-        slots = segments.slots[of]
-        out[rows] = _decode(q_THD[rows], k_TD[rows], v_TD[rows], kv, slots, *places, scale)
+    if 1 in segments.query_lens:
+        rows, plan = segments.once(which, lambda: _single(segments, kv, keys, decode))
+        out[rows] = decode.attend(q_THD[rows], k_TD[rows], v_TD[rows], kv, plan, scale)
     return out
 
 
-def _places(positions: torch.Tensor, ring: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token's key goes, int64 [B], and which places it sees then, bool [B, R]."""
-    p = positions.unsqueeze(1)
+def _single(
+    segments: Segments, kv: torch.Tensor, keys: int, decode: Decode
+) -> tuple[torch.Tensor, Any]:
+    """Rows of the sequences with one token, int64, and how they attend."""
+    counts = torch.tensor(segments.query_lens)
+    of = (counts == 1).nonzero().squeeze(1).to(segments.slots.device)
+    rows = segments.first_rows[of]
+    return rows, decode.plan(segments.slots[of], segments.positions[rows], kv, keys)
+
+
+class _Places(NamedTuple):
+    """Args: slots, at: int64 [B], where each token's key goes. seen: bool [B, R], what it sees then."""
+
+    slots: torch.Tensor
+    at: torch.Tensor
+    seen: torch.Tensor
+
+
+def _places(slots: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor, keys: int) -> _Places:
+    ring, p = kv.shape[2], positions.unsqueeze(1)
     # The position whose token has each place then.
     there = p - (p - torch.arange(ring, device=p.device)) % ring
-    return positions % ring, (there >= 0) & (p - there < keys)
+    return _Places(slots, positions % ring, (there >= 0) & (p - there < keys))
 
 
 def _decode(
@@ -66,12 +101,10 @@ def _decode(
     k_BD: torch.Tensor,
     v_BD: torch.Tensor,
     kv: torch.Tensor,
-    slots: torch.Tensor,
-    at: torch.Tensor,
-    seen: torch.Tensor,
+    places: _Places,
     scale: float,
 ) -> torch.Tensor:
-    """One token for each sequence; nothing is read on the host. ``at``, ``seen``: of ``_places``."""
+    slots, at, seen = places
     kv[slots, 0, at], kv[slots, 1, at] = k_BD, v_BD
     k, v = kv[slots].unbind(1)  # [B, R, D]
     # What an earlier sequence left there may be NaN, and 0 x NaN is NaN: replaced, not only masked.
@@ -81,6 +114,9 @@ def _decode(
     # The heads of a token are the rows of one product with the keys they share.
     q = q_BHD.unsqueeze(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).squeeze(1)
+
+
+GATHERED = Decode(_places, _decode)
 
 
 def _chunk(

@@ -59,8 +59,9 @@ class ParallelLMHead(ParallelLinear):
     ) -> None:
         super().__init__(tp)
         self.soft_cap = soft_cap
+        self.packed: torch.Tensor | None
         self.vocabulary, self.part = vocabulary, vocabulary.part(tp.size)
-        self.tied = tied_to is not None
+        self.tied, self.packed = tied_to is not None, None
         self.ids: torch.Tensor
         ids = vocabulary.column_ids(tp.rank, tp.size, tp.device)
         self.register_buffer("ids", ids, persistent=False)
@@ -74,11 +75,20 @@ class ParallelLMHead(ParallelLinear):
     def finish_loading(self) -> None:
         """As ``ParallelLinear``, but a tied weight stays: the embedding needs its rows."""
         if not self.tied:
-            super().finish_loading()
+            return super().finish_loading()
+        rows = self._rows()
+        packed = self.kernels.pack_weight(rows)
+        self.packed = None if packed is rows else packed
 
     def _rows(self) -> torch.Tensor:
+        if self.packed is not None:
+            return self.packed
         # What else a tied weight has belongs to the embedding alone. A packed one cannot be sliced.
         return self.weight[: self.part] if self.tied else self.weight
+
+    def copied_elements(self) -> int:
+        """Of a tied weight, which the embedding reads by rows and the head as packed."""
+        return self.part * self.weight.shape[1] if self.tied else 0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] -> float32 [R, part]. Padding rows give 0; the sampler masks them."""

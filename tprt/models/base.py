@@ -96,8 +96,12 @@ class CausalLM(nn.Module, ABC):
         """Of partial results that attention over ``length`` tokens keeps for ``rows`` sequences."""
 
     @abstractmethod
-    def copied_elements(self) -> int:
-        """Of second layouts of weights that few rows read one way and many another."""
+    def copied_elements(self, sparse: bool) -> int:
+        """Of weights that a CPU holds in two layouts.
+
+        Args:
+            sparse: whether rows that meet zeros are left unread, which wants a layout of its own.
+        """
 
     @abstractmethod
     def kernel_sizes(self, block_size: int) -> KernelSizes:

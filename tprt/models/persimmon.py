@@ -183,11 +183,11 @@ class PersimmonForCausalLM(CausalLM):
             rows, length, self.config.num_attention_heads // self.tp.size, self.config.head_dim
         )
 
-    def copied_elements(self) -> int:
+    def copied_elements(self, sparse: bool) -> int:
         """Down projections lie by neuron; many rows read them as other matrices."""
         config = self.config
         whole = config.num_hidden_layers * config.hidden_size * config.intermediate_size
-        return whole // self.tp.size
+        return self.lm_head.copied_elements() + (whole // self.tp.size if sparse else 0)
 
     def kernel_sizes(self, block_size: int) -> KernelSizes:
         config, size = self.config, self.tp.size

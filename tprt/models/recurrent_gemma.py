@@ -230,8 +230,8 @@ class RecurrentGemmaForCausalLM(CausalLM):
         windows = {spec for spec in self.cache_spec() if isinstance(spec, WindowSpec)}
         return sum(split_window_bytes(rows, spec, heads, self.dtype) for spec in windows)
 
-    def copied_elements(self) -> int:
-        return 0
+    def copied_elements(self, sparse: bool) -> int:
+        return self.lm_head.copied_elements()
 
     def kernel_sizes(self, block_size: int) -> KernelSizes:
         config, size = self.config, self.tp.size

@@ -252,6 +252,20 @@ def tune(
     return {"device": name, **made_with, "shapes": entries}
 
 
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The table ``new`` with what only ``old`` has, if that was measured on this device and software."""
+    made_by = ("device", "torch", "triton")
+    if any(old.get(key) != new[key] for key in made_by):
+        return dict(new)
+
+    def shape(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        return entry["n"], entry["k"], entry["dtype"]
+
+    measured = {shape(entry) for entry in new["shapes"]}
+    kept = [entry for entry in old["shapes"] if shape(entry) not in measured]
+    return {**old, **new, "shapes": [*kept, *new["shapes"]]}
+
+
 def _time_all(
     rows: int, weights: Sequence[torch.Tensor], product: Product, timer: Timer
 ) -> dict[Tile | None, float]:

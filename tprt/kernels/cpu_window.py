@@ -1,0 +1,92 @@
+"""Attention of single tokens over a sliding window on a CPU: rings are read where they lie.
+
+Here the host is the device, so positions are looked at: of a ring that has not gone round a part is
+seen, which needs no mask and reads nothing that another sequence left; one that has gone round holds
+nothing of others, and is read as a whole. Knows tensors only.
+
+Legend: B sequences, S slots, H query heads of this rank, D head width, R places of a ring.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from tprt.kernels.window import Decode
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows ``first`` to ``last`` of the batch, whose slots follow one another from ``slot`` on.
+
+    Args:
+        begin, end: the places that are seen. mask: [rows, 1, 1, R] to add to the scores; None for 0.
+    """
+
+    first: int
+    last: int
+    slot: int
+    begin: int
+    end: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Args: stores: int64 [B] each, rows for keys and values of rings seen as [S * 2 * R, D]."""
+
+    stores: tuple[torch.Tensor, torch.Tensor]
+    groups: list[_Group]
+
+
+def _plan(slots: torch.Tensor, positions: torch.Tensor, kv: torch.Tensor, keys: int) -> _Plan:
+    ring = kv.shape[2]
+    rows = slots * (2 * ring) + positions % ring
+    return _Plan((rows, rows + ring), _groups(slots.tolist(), positions.tolist(), kv, keys))
+
+
+def _groups(
+    slots: Sequence[int], positions: Sequence[int], kv: torch.Tensor, keys: int
+) -> list[_Group]:
+    ring, groups, row = kv.shape[2], [], 0
+    while row < len(slots):
+        first, position = row, positions[row]
+        row += 1
+        if position < ring:
+            begin = max(0, position + 1 - keys)
+            groups.append(_Group(first, row, slots[first], begin, position + 1, None))
+            continue
+        while row < len(slots) and positions[row] >= ring and slots[row] == slots[row - 1] + 1:
+            row += 1
+        at = torch.tensor(positions[first:row]).unsqueeze(1)
+        age = (at - torch.arange(ring)) % ring  # of the token in each place
+        mask = torch.zeros(age.shape, dtype=kv.dtype).masked_fill_(age >= keys, float("-inf"))
+        groups.append(_Group(first, row, slots[first], 0, ring, mask[:, None, None]))
+    return groups
+
+
+def _attend(
+    q_BHD: torch.Tensor,
+    k_BD: torch.Tensor,
+    v_BD: torch.Tensor,
+    kv: torch.Tensor,
+    plan: _Plan,
+    scale: float,
+) -> torch.Tensor:
+    rows = kv.view(-1, kv.shape[3])
+    for at, new in zip(plan.stores, (k_BD, v_BD), strict=True):
+        rows.index_copy_(0, at, new)
+    parts = []
+    for group in plan.groups:
+        count = group.last - group.first
+        seen = kv[group.slot : group.slot + count, :, group.begin : group.end]
+        k, v = seen.unsqueeze(2).unbind(1)  # [rows, 1, places, D]
+        # The heads of a token are the rows of one product with the keys they share.
+        q = q_BHD[group.first : group.last].unsqueeze(1)
+        part = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, scale=scale)
+        parts.append(part.squeeze(1))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+IN_PLACE = Decode(_plan, _attend)
