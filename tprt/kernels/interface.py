@@ -20,14 +20,14 @@ class Norm(NamedTuple):
     """Weight and bias [width] in the dtype of the model, and what keeps a norm from 1 / 0.
 
     With a bias it is a LayerNorm. Without one it is an RMSNorm that is multiplied by 1 + weight, in
-    float32 up to its result: x / sqrt(mean(x^2) + eps) * (1 + weight), which ``scale`` may hold already,
-    in float32.
+    float32 up to its result: x / sqrt(mean(x^2) + eps) * (1 + weight). ``prepared`` may hold what
+    ``reference.prepare_rms`` makes of it.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     eps: float
-    scale: torch.Tensor | None = None
+    prepared: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class PendingNorm(NamedTuple):

@@ -214,12 +214,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
     """In float32 up to the result: 1 + weight would lose bits in a narrower dtype."""
-    scale = 1 + norm.weight.float() if norm.scale is None else norm.scale
+    scale, least = norm.prepared or prepare_rms(norm.weight, norm.eps)
     y = x.float()
     y = y.clone() if y is x else y
-    # In place: torch.rms_norm is as many operations on a CPU, each with a new tensor.
-    mean = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-    return y.mul_(mean.add_(norm.eps).rsqrt_()).mul_(scale).to(x.dtype)
+    # In place: torch.rms_norm is twice as many operations on a CPU, each with a new tensor.
+    length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return y.div_(length.hypot_(least)).mul_(scale).to(x.dtype)
+
+
+def prepare_rms(weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 s [width] and e: x / sqrt(mean(x^2) + eps) * (1 + weight) is x / hypot(|x|, e) * s."""
+    width = len(weight)
+    least = torch.full((), (width * eps) ** 0.5, device=weight.device)
+    return (1 + weight.float()) * width**0.5, least
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from tprt.distributed.sharding import broadcast_rows, cut, replicated
 from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import Norm as Norm
 from tprt.kernels import kernels_for
+from tprt.kernels.reference import prepare_rms
 from tprt.layers.linear import sharded_parameter
 
 
@@ -36,15 +37,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.kernels = eps, kernels_for(tp.device)
         self.weight = sharded_parameter(replicated((hidden_size,)), dtype, tp.device)
-        self.scale: torch.Tensor | None = None
+        self.finished: Norm | None = None
 
     def finish_loading(self) -> None:
-        self.scale = 1 + self.weight.detach().float()
+        weight = self.weight.detach()
+        self.finished = Norm(weight, None, self.eps, prepare_rms(weight, self.eps))
 
     @property
     def norm(self) -> Norm:
         """For the operations that end in a norm."""
-        return Norm(self.weight, None, self.eps, self.scale)
+        return self.finished or Norm(self.weight, None, self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden_size] -> the same shape and dtype."""
