@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from test_triton_recurrence import segments
 
 from tprt.cache.slot_cache import WindowSpec
+from tprt.errors import ConfigError
 from tprt.kernels.reference import rotate
 from tprt.kernels.triton_ops import window
 from tprt.kernels.triton_ops.window import window_attend
@@ -73,6 +74,12 @@ def test_a_ring_of_several_parts():
 def test_a_ring_that_no_tile_divides(dtype):
     """48 places, of which tiles of 32 and of 64 cover more."""
     run_both(growing({2: 0, 5: 0}, [(40, 3), (1, 45)], 3), 4, 16, 40, dtype)
+
+
+def test_other_widths_of_heads_are_refused_with_a_way_out():
+    with pytest.raises(ConfigError, match="heads are 24 wide") as caught:
+        run_both(growing({1: 0}, [(3,)], 1), 2, 24, 17, torch.float32)
+    assert "engine.kernels=reference" in str(caught.value.hint)
 
 
 def test_the_first_token():

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from tprt.batch import Segments
+from tprt.errors import ConfigError
 from tprt.kernels.triton_ops.numerics import dot, round_to
 from tprt.kernels.triton_ops.pdl import pdl_launch_dependents, pdl_options, pdl_wait
 
@@ -32,7 +33,16 @@ def window_attend(
     keys: int,
     scale: float,
 ) -> torch.Tensor:
-    """See ``interface.Kernels``."""
+    """See ``interface.Kernels``.
+
+    Raises:
+        ConfigError: heads have another width than a power of two.
+    """
+    if (dim := qkv.shape[2]) & (dim - 1):
+        raise ConfigError(
+            f"heads are {dim} wide; the Triton kernels of window attention take powers of two",
+            hint="engine.kernels=reference runs any width",
+        )
     cos, sin = cos.flatten(1), sin.flatten(1)
     if segments.starts is None:
         return _step(qkv, cos, sin, kv, segments, keys, scale)
