@@ -263,8 +263,9 @@ class ModelRunner:
         """
         buffers, state = self.buffers, self.state
         slots, positions, tokens = buffers.rows(bucket).unbind(0)
-        input_ids = torch.where(tokens < 0, state.last_tokens[slots].clamp(min=0), tokens)
-        tables = state.block_tables[slots]
+        drawn = state.last_tokens.index_select(0, slots).clamp_(min=0)
+        input_ids = torch.where(tokens < 0, drawn, tokens)
+        tables = state.block_tables.index_select(0, slots)
         mine = self.no_digest
         if self.tp.size > 1:
             mine = digest(buffers.checksum, [input_ids, positions, tables])

@@ -137,7 +137,7 @@ class SlotState:
 
         A slot occurs once, the scratch slot of padding rows excepted: nobody reads what it keeps.
         """
-        self.last_tokens[slots] = tokens
+        self.last_tokens.index_copy_(0, slots, tokens)
         if self.counts is not None and self.seen is not None:
             tokens = tokens.clamp(min=0)  # NON_FINITE ends its sequence anyway
             if self._columns is not None:

@@ -180,7 +180,7 @@ class ReferenceKernels:
             outside = torch.arange(logits.shape[1], device=logits.device) >= num_valid
             scores = scores.masked_fill(outside, NEG_INF)
         best, index = scores.max(dim=1)
-        return best, ids[index]
+        return best, ids.index_select(0, index)
 
     def attention(
         self, block_size: int, num_heads: int, head_dim: int, dtype: torch.dtype
