@@ -76,7 +76,7 @@ def recurrence(
     if segments.starts is None:
         h = x.addcmul_(a, state.index_select(0, segments.slots).masked_fill_(start, 0.0))
         state.index_copy_(0, segments.slots, h)
-        return (h * F.gelu(y.float(), approximate="tanh")).to(xy.dtype)
+        return F.gelu(y.float(), approximate="tanh").mul_(h).to(xy.dtype)
     # A sequence's carried state enters with its first token of the pass. Replaced, not multiplied by 0,
     # at a sequence's very first: the slot may hold another's, NaN included.
     first = segments.first_rows
@@ -86,7 +86,7 @@ def recurrence(
     a.index_fill_(0, first, 0.0)  # to assign a number would copy it from the host
     h = scan(a, x, segments.query_lens)
     state.index_copy_(0, segments.slots, h[segments.last_rows])
-    return (h * F.gelu(y.float(), approximate="tanh")).to(xy.dtype)
+    return F.gelu(y.float(), approximate="tanh").mul_(h).to(xy.dtype)
 
 
 def causal_conv(

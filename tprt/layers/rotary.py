@@ -14,17 +14,21 @@ class RotaryAngles(nn.Module):
     """As ``RotaryEmbedding`` in float32, for positions without an end: computed anew for each pass."""
 
     inverse: torch.Tensor
+    sign: torch.Tensor
 
     def __init__(self, rotary_dim: int, theta: float, device: torch.device) -> None:
         super().__init__()
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device)
-        self.register_buffer("inverse", 1.0 / (theta ** (exponents / rotary_dim)), persistent=False)
+        inverse = 1.0 / (theta ** (exponents / rotary_dim))
+        sign = torch.ones_like(inverse)
+        # Both halves of a pair, and the sign of its sum.
+        self.register_buffer("inverse", torch.cat([inverse, inverse]), persistent=False)
+        self.register_buffer("sign", torch.cat([-sign, sign]), persistent=False)
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [T] -> cos and sin, float32 [T, 1, rotary_dim] each."""
-        angles = positions.unsqueeze(1) * self.inverse  # [T, rotary_dim / 2]
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=1)[:, None], torch.cat([-sin, sin], dim=1)[:, None]
+        angles = (positions.unsqueeze(1) * self.inverse).unsqueeze(1)
+        return angles.cos(), angles.sin().mul_(self.sign)
 
 
 class RotaryEmbedding(nn.Module):
