@@ -106,7 +106,8 @@ class Sampler:
             and all digests, int64 [ranks, D].
         """
         if self.tp.size == 1:
-            return ids.masked_fill(~best.isfinite(), NON_FINITE), digest.unsqueeze(0)
+            # NaN and infinity are what is not 0 less itself: fewer operations than isfinite.
+            return ids.masked_fill((best - best) != 0, NON_FINITE), digest.unsqueeze(0)
         gathered = all_gather(torch.cat([pack(best, ids), digest]), self.tp)
         ids, finite = unpack(gathered[:, : len(best)].max(dim=0).values)
         return ids.masked_fill(~finite, NON_FINITE), gathered[:, len(best) :]

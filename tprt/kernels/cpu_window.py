@@ -9,6 +9,7 @@ Legend: B sequences, S slots, H query heads of this rank, D head width, R places
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +60,18 @@ def _groups(
             continue
         while row < len(slots) and positions[row] >= ring and slots[row] == slots[row - 1] + 1:
             row += 1
-        at = torch.tensor(positions[first:row]).unsqueeze(1)
-        age = (at - torch.arange(ring)) % ring  # of the token in each place
-        mask = torch.zeros(age.shape, dtype=kv.dtype).masked_fill_(age >= keys, float("-inf"))
+        whole = _masks(ring, keys, kv.dtype)
+        newest = [position % ring for position in positions[first:row]]
+        mask = torch.stack([whole[ring - 1 - at : 2 * ring - 1 - at] for at in newest])
         groups.append(_Group(first, row, slots[first], 0, ring, mask[:, None, None]))
     return groups
+
+
+@lru_cache(maxsize=4)
+def _masks(ring: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """[2 R - 1]: from R - 1 - p on, values for the places of a ring whose newest token is in place p."""
+    age = torch.arange(ring - 1, -ring, -1) % ring  # of the token in each place
+    return torch.zeros(len(age), dtype=dtype).masked_fill_(age >= keys, float("-inf"))
 
 
 def _attend(
