@@ -1,11 +1,12 @@
 """Decode steps at given batch sizes and contexts: tokens per second, and the share of the bandwidth.
 
 Contexts are filled with random keys and values (``filled``), so that a long one costs no prefill; state
-per sequence is computed, once. A trace of some steps then says whether the host was in the way.
+per sequence is computed. A trace of some steps then says whether the host was in the way.
 """
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def decode(
         details["logit_difference"] = peer.logit_difference(engine, prompt)
     needed = step_bytes(config, dtype, tp.size, vocabulary)
     measure = _Measure(engine, ceilings, needed, sizes, peer, pairs, say)
-    cells = [measure.cell(batch, context) for batch, context in sizes.cells]
+    cells = measure.cells(in_turns=config.is_bounded and peer is None)
     engine.end_call()
     measured = [cell for cell in cells if "skipped" not in cell]
     if not measured:
@@ -133,22 +134,37 @@ class _Measure:
     pairs: int
     say: Say
 
-    def cell(self, batch: int, context: int) -> dict[str, Any]:
-        engine, sizes = self.engine, self.sizes
-        found = fitted(engine, sizes, batch, context, self.say)
-        if "skipped" in found:
+    def cells(self, in_turns: bool) -> list[dict[str, Any]]:
+        """Args:
+        in_turns: repeats go round all cells, so that a machine that slows down slows all of them. Not
+            for contexts that take long to be computed again, when others have been in the cache.
+        """
+        sizes, repeats = self.sizes, range(self.sizes.repeats)
+        found = [fitted(self.engine, sizes, *cell, self.say) for cell in sizes.cells]
+        measured = [cell for cell in found if "skipped" not in cell]
+        runs = [self._run(cell) for cell in measured]
+        if in_turns:
+            rounds = [[run() for run in runs] for _ in repeats]
+            for i, cell in enumerate(measured):
+                self._report(cell, [one_round[i] for one_round in rounds])
             return found
-        context, model = found["context"], engine.runner.model
-        vocab_size, seed = engine.runner.vocab_size, engine.config.seed
-        prompts = prompts_of(context, batch, vocab_size, seed, model.vocabulary)
+        for cell, run in zip(measured, runs, strict=True):
+            if self.peer is None:
+                self._report(cell, [run() for _ in repeats])
+            else:
+                seconds, cell["ratio"], cell["peer"] = self._beside(run, cell)
+                self._report(cell, seconds)
+        return found
 
-        def ours() -> float:
-            return decode_seconds(engine, prompts, sizes.steps)
+    def _run(self, cell: dict[str, Any]) -> Run:
+        engine, context, batch = self.engine, cell["context"], cell["batch"]
+        vocab_size, vocabulary = engine.runner.vocab_size, engine.runner.model.vocabulary
+        prompts = prompts_of(context, batch, vocab_size, engine.config.seed, vocabulary)
+        return lambda: decode_seconds(engine, prompts, self.sizes.steps)
 
-        if self.peer is None:
-            seconds = [ours() for _ in range(sizes.repeats)]
-        else:
-            seconds, found["ratio"], found["peer"] = self._beside(ours, batch, context)
+    def _report(self, found: dict[str, Any], seconds: Sequence[float]) -> None:
+        """Add to a cell what its runs say."""
+        sizes, batch, context = self.sizes, found["batch"], found["context"]
         median = statistics.median(seconds) / sizes.steps
         read = self.bytes.of(batch, context + 2 + WARM_UP_STEPS + sizes.steps / 2)
         found |= {
@@ -163,13 +179,13 @@ class _Measure:
             f"{found['tokens_per_s']:9.1f} tokens/s, {found['GB_per_step']:.2f} GB, "
             f"{found['share_of_bandwidth']:.1%} of the read bandwidth"
         )
-        return found
 
     def _beside(
-        self, ours: Run, batch: int, context: int
+        self, ours: Run, cell: dict[str, Any]
     ) -> tuple[list[float], dict[str, float], dict[str, Any]]:
         assert self.peer is not None
-        candidates = DecodePeer(self.peer, batch, context, self.sizes.steps).candidates()
+        peer = DecodePeer(self.peer, cell["batch"], cell["context"], self.sizes.steps)
+        candidates = peer.candidates()
         ours()
         best, tried = fastest(candidates, self.say, warm_up=True)
         seconds = compare({"tprt": ours, "transformers": candidates[best]}, self.pairs, self.say)
