@@ -24,6 +24,7 @@ from tprt.distributed.tp_group import TPGroup
 from tprt.distributed.vocabulary import Vocabulary
 from tprt.errors import ConfigError
 from tprt.kernels import Norm, reference
+from tprt.kernels.cpu import can_pack
 from tprt.layers.attention import Attention
 from tprt.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from tprt.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -104,6 +105,25 @@ def test_embedding_and_head_with_a_vocabulary_that_needs_padding(size, tied, rem
     assert not together[:, len(kept) :].any(), "padding rows must be zero, not uninitialised memory"
     assert columns[: len(kept)] == kept and columns == sorted(set(columns))
     assert all(i >= 10 for i in columns[len(kept) :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_packed_beside_the_rows_of_the_embedding(dtype):
+    """The second rank of two, whose rows end in padding; without a layout for this dtype, no copy."""
+    torch.manual_seed(0)
+    table, x = torch.randn(37, 64).to(dtype), torch.randn(3, 64).to(dtype)
+    tp, vocabulary = ranks(2)[1], Vocabulary(37)
+    embedding = fill(VocabParallelEmbedding(vocabulary, 64, tp, dtype), {"weight": table})
+    head = ParallelLMHead(vocabulary, 64, tp, dtype, embedding)
+    before = head(x)
+    head.finish_loading()
+    packed = head.packed
+    assert (packed is not None) == can_pack(table)
+    assert torch.equal(embedding.weight[:18], table[19:]), "the embedding keeps its rows"
+    assert head.copied_elements() == 19 * 64
+    torch.testing.assert_close(head(x), before, atol=0.07, rtol=0.01)
+    torch.testing.assert_close(head(x)[:, :18], (x @ table[19:].T).float(), atol=0.07, rtol=0.01)
+    assert not head(x)[:, 18:].any()
 
 
 @pytest.mark.parametrize("per_head", [False, True])

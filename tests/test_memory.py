@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import tprt.llm.llm as face
 import tprt.llm.memory as memory
 from tprt import LLM
-from tprt.bench.named_models import PERSIMMON_8B
+from tprt.bench.named_models import PERSIMMON_8B, RECURRENTGEMMA_2B
 from tprt.cli import main
 from tprt.config import EngineConfig
 from tprt.errors import ConfigError, OutOfMemoryPlan
@@ -40,6 +40,10 @@ def test_parts_of_the_plan_follow_from_shapes():
         either = replace(engine, dtype=dtype)
         assert plan_memory(PERSIMMON_8B, either, 2, "cpu").runtime.copies == down // 2
         assert plan_memory(PERSIMMON_8B, either, 2, "cuda").runtime.copies == 0
+        # A head tied to the embedding: its rows, and packed.
+        head = copies * 128_000 * 2560 * 2
+        assert plan_memory(RECURRENTGEMMA_2B, either, 2, "cpu").runtime.copies == head
+        assert plan_memory(RECURRENTGEMMA_2B, either, 2, "cuda").runtime.copies == 0
     never = plan_memory(PERSIMMON_8B, replace(engine, sparse_rows=0), 1, "cpu")
     assert cpu.fixed - never.fixed == 36 * 4096 * 16384 * 2
     few = replace(engine, max_num_batched_tokens=256, max_num_seqs=1)

@@ -24,7 +24,7 @@ from tprt.kernels.interface import (
     SparseWeight,
 )
 from tprt.kernels.recurrence import RecurrenceWeights
-from tprt.kernels.reference import ReferenceKernels
+from tprt.kernels.reference import ReferenceKernels, prepare_rms
 
 __all__ = [
     "Activations",
@@ -37,6 +37,7 @@ __all__ = [
     "RecurrenceWeights",
     "SparseWeight",
     "kernels_for",
+    "prepare_rms",
     "use_kernels",
 ]
 

@@ -59,9 +59,9 @@ class ParallelLMHead(ParallelLinear):
     ) -> None:
         super().__init__(tp)
         self.soft_cap = soft_cap
-        self.packed: torch.Tensor | None
         self.vocabulary, self.part = vocabulary, vocabulary.part(tp.size)
-        self.tied, self.packed = tied_to is not None, None
+        self.tied = tied_to is not None
+        self.packed: torch.Tensor | None = None  # of a tied weight
         self.ids: torch.Tensor
         ids = vocabulary.column_ids(tp.rank, tp.size, tp.device)
         self.register_buffer("ids", ids, persistent=False)

@@ -6,8 +6,7 @@ from torch import nn
 from tprt.distributed.sharding import broadcast_rows, cut, replicated
 from tprt.distributed.tp_group import TPGroup
 from tprt.kernels import Norm as Norm
-from tprt.kernels import kernels_for
-from tprt.kernels.reference import prepare_rms
+from tprt.kernels import kernels_for, prepare_rms
 from tprt.layers.linear import sharded_parameter
 
 
