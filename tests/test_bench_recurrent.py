@@ -55,7 +55,7 @@ def test_kernels_of_both_kinds_of_layers(capsys, monkeypatch):
 
 
 def test_tiles_are_measured_of_every_product():
-    """Of a rank of two; a down projection behind a squared ReLU has a kernel of its own."""
+    """Heads of zeros included; a down projection behind a squared ReLU has a kernel of its own."""
     of_2b = matrix_shapes(RECURRENTGEMMA_2B, torch.bfloat16, 4)
     width = 3 * 256  # ten heads and two of zeros, over four ranks
     assert set(of_2b) == {

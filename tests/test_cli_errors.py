@@ -335,6 +335,7 @@ def test_sigterm_leaves_only_what_a_resume_needs(copy):
     process = subprocess.Popen([sys.executable, "-m", "tprt", *argv], cwd=ROOT)
     try:
         for _ in range(600):
+            assert process.poll() is None, "it ended by itself"
             if journal.exists() and b" finish " in journal.read_bytes():
                 break
             time.sleep(0.1)

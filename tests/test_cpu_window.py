@@ -61,3 +61,17 @@ def test_slots_that_follow_one_another_are_one_call(monkeypatch):
     )
     assert called == [(3, 1, 8, DIM), (1, 1, 8, DIM), (1, 1, 3, DIM), (1, 1, 5, DIM)]
     assert out.isfinite().all()
+
+
+def test_padding_rows_are_one_call_and_a_ring_without_room_to_spare_needs_no_mask():
+    slots, positions = torch.tensor([2, 3, 8, 8, 8]), torch.tensor([8, 21, 0, 0, 0])
+    kv = rings(8, 8, {2: 8, 3: 21}, torch.float32)
+    plan = IN_PLACE.plan(slots, positions, kv, 8)
+    assert [(g.first, g.last, g.slots, g.mask) for g in plan.groups] == [
+        (0, 2, 2, None), (2, 5, 1, None),
+    ]  # fmt: skip
+    q, k, v = torch.randn(5, HEADS, DIM), torch.randn(5, DIM), torch.randn(5, DIM)
+    theirs = kv.clone()
+    out = IN_PLACE.attend(q, k, v, kv, plan, 1.0)
+    expected = GATHERED.attend(q, k, v, theirs, GATHERED.plan(slots, positions, kv, 8), 1.0)
+    assert (out - expected)[:2].abs().max() < 1e-6 and out.isfinite().all()

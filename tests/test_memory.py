@@ -13,6 +13,8 @@ from tprt import LLM
 from tprt.bench.named_models import PERSIMMON_8B, RECURRENTGEMMA_2B
 from tprt.cli import main
 from tprt.config import EngineConfig
+from tprt.distributed.vocabulary import Vocabulary
+from tprt.engine.memory_plan import plan_runtime
 from tprt.errors import ConfigError, OutOfMemoryPlan
 from tprt.llm.memory import in_gib, largest_that_fits, plan_memory
 
@@ -44,6 +46,10 @@ def test_parts_of_the_plan_follow_from_shapes():
         head = copies * 128_000 * 2560 * 2
         assert plan_memory(RECURRENTGEMMA_2B, either, 2, "cpu").runtime.copies == head
         assert plan_memory(RECURRENTGEMMA_2B, either, 2, "cuda").runtime.copies == 0
+        trimmed = plan_runtime(
+            RECURRENTGEMMA_2B, 2, either, "cpu", Vocabulary(256_000, ((6_000, 255_999),))
+        )
+        assert trimmed.copies == copies * 3_000 * 2560 * 2
     never = plan_memory(PERSIMMON_8B, replace(engine, sparse_rows=0), 1, "cpu")
     assert cpu.fixed - never.fixed == 36 * 4096 * 16384 * 2
     few = replace(engine, max_num_batched_tokens=256, max_num_seqs=1)

@@ -528,7 +528,7 @@ def test_a_marker_of_turns_in_a_prompt_is_text_and_warned_of(with_turns, caplog)
     with LLM(str(with_turns), dtype="float32") as llm:
         marker = llm.tokenizer.turn_markers[0]
         with caplog.at_level(logging.WARNING, logger="tprt"):
-            caplog.clear()  # another test may have left the level of what the start says
+            caplog.clear()  # what starting the engine logged does not count
             llm.generate([{"messages": [{"role": "user", "content": f"{marker}model"}]}], params)
             assert not caplog.records
             (output,) = llm.generate([f"{marker}user"], params)

@@ -37,12 +37,10 @@ def weight_bytes(
     return sum(p.numel() for p in read) * dtype.itemsize
 
 
-def matrix_shapes(
-    config: ModelConfig, dtype: torch.dtype, tp_size: int, vocabulary: Vocabulary | None = None
-) -> list[tuple[int, int]]:
+def matrix_shapes(config: ModelConfig, dtype: torch.dtype, tp_size: int) -> list[tuple[int, int]]:
     """[n, k] of each x W^T of a rank, once each; not of those that leave rows of W unread."""
     shapes: dict[tuple[int, int], None] = {}
-    for module in on_paper(config, dtype, tp_size, vocabulary).modules():
+    for module in on_paper(config, dtype, tp_size).modules():
         if isinstance(module, MergedColumnParallelLinear):
             weights = [shard.weight for shard in module.shards]
             shapes[sum(len(w) for w in weights), weights[0].shape[1]] = None

@@ -86,7 +86,7 @@ def decode(
         details["logit_difference"] = peer.logit_difference(engine, prompt)
     needed = step_bytes(config, dtype, tp.size, vocabulary)
     measure = _Measure(engine, ceilings, needed, sizes, peer, pairs, say)
-    cells = measure.cells(in_turns=config.is_bounded and peer is None)
+    cells = measure.cells(in_turns=not engine.runner.is_paged and peer is None)
     engine.end_call()
     measured = [cell for cell in cells if "skipped" not in cell]
     if not measured:
@@ -136,15 +136,19 @@ class _Measure:
 
     def cells(self, in_turns: bool) -> list[dict[str, Any]]:
         """Args:
-        in_turns: repeats go round all cells, so that a machine that slows down slows all of them. Not
-            for contexts that take long to be computed again, when others have been in the cache.
+        in_turns: repeats go round all cells, so that a machine that slows down slows all of them. Only
+            where a context is computed for every run anyway, not kept in the cache for the next one.
         """
         sizes, repeats = self.sizes, range(self.sizes.repeats)
         found = [fitted(self.engine, sizes, *cell, self.say) for cell in sizes.cells]
         measured = [cell for cell in found if "skipped" not in cell]
         runs = [self._run(cell) for cell in measured]
         if in_turns:
-            rounds = [[run() for run in runs] for _ in repeats]
+            rounds: list[list[float]] = []
+            for _ in repeats:
+                rounds.append([run() for run in runs])
+                shown = ", ".join(f"{seconds / sizes.steps * 1e3:.3f}" for seconds in rounds[-1])
+                self.say(f"round {len(rounds)} of {sizes.repeats}: {shown} ms per step")
             for i, cell in enumerate(measured):
                 self._report(cell, [one_round[i] for one_round in rounds])
             return found

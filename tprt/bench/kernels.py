@@ -47,7 +47,7 @@ def kernels(
         shard: sizes are those of rank 0 of so many.
         only: operations whose name contains this.
         tune: where tile sizes found for this device are written, beside those of other shapes that
-            are there; None tunes nothing.
+            are there and were found with the same software; None tunes nothing.
 
     Raises:
         ConfigError: no operation is called ``only``; or what lies at ``tune`` is no table.
@@ -167,7 +167,12 @@ def tune_tiles(
     sizes = [(n, k, dtype) for n, k in shapes]
     table: dict[str, Any] = tiles.tune(sizes, device, linear.product, timer)
     if before is not None:
-        table = tiles.merge(json.loads(before), table)
+        merged = tiles.merge(json.loads(before), table)
+        if merged == table:
+            say(
+                "the table that was there is of another device or software, or of these shapes alone"
+            )
+        table = merged
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
     say(f"tiles written to {path}")

@@ -57,7 +57,7 @@ class RuntimePlan:
         state: what slots keep between steps, and the static buffers of decode steps.
         workspace: tensors of the largest step that runs without a graph, logits included.
         graphs: memory pool of all graphs; 0 where there are none.
-        copies: second layouts of weights that few rows read one way and many another; CPU only.
+        copies: weights that are held in two layouts where oneDNN has one of its own; CPU only.
         libraries: kernels' modules and what cuBLAS works in; 0 on a CPU.
         context: what the driver and NCCL take before all else; 0 on a CPU.
     """
@@ -102,7 +102,7 @@ def plan_runtime(
     # Scores of prompts are taken in parts of MAX_LOGITS: float32, sorted with their order, float64.
     scores = 24 * min(MAX_LOGITS, tokens * part)
     sparse = engine.sparse_rows != 0
-    need = _step_sizes(config, tp_size, dtype, tokens, rows, bucket, length, sparse)
+    need = _step_sizes(config, tp_size, dtype, tokens, rows, bucket, length, sparse, vocabulary)
     # One after the other: the layers, and what becomes of their last rows.
     layers = need.activations * itemsize + need.partials
     workspace = max(layers, _sampling(rows, part, tp_size), scores)
@@ -137,8 +137,9 @@ def _step_sizes(
     bucket: int,
     length: int,
     sparse: bool,
+    vocabulary: Vocabulary | None,
 ) -> _StepSizes:
-    model = _on_paper(config, 0, tp_size, dtype, length)
+    model = _on_paper(config, 0, tp_size, dtype, length, vocabulary)
     return _StepSizes(
         model.activation_elements(tokens, length),
         model.activation_elements(bucket, 0),

@@ -1,5 +1,7 @@
 """The bodies for CPUs: packed matrices, rows that meet zeros left unread, attention of many decode rows.
 
+Rings of windows are ``cpu_window``'s.
+
 Same results as ``reference`` up to the order of sums. Written for what torch's CPU kernels are good at:
 bfloat16 products against a packed matrix run several times faster than against a plain one, an
 ``embedding_bag`` reads the rows it is told at the speed of memory, and attention of a single query runs

@@ -19,15 +19,17 @@ from tprt.kernels.window import Decode
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows ``first`` to ``last`` of the batch, whose slots follow one another from ``slot`` on.
+    """Rows ``first`` to ``last`` of the batch, which read the rings of as many slots from ``slot`` on.
 
     Args:
+        slots: as many as rows; or 1 for padding rows, which have one slot between them.
         begin, end: the places that are seen. mask: [rows, 1, 1, R] to add to the scores; None for 0.
     """
 
     first: int
     last: int
     slot: int
+    slots: int
     begin: int
     end: int
     mask: torch.Tensor | None
@@ -55,15 +57,20 @@ def _groups(
         first, position = row, positions[row]
         row += 1
         if position < ring:
+            while row < len(slots) and (slots[row], positions[row]) == (slots[first], position):
+                row += 1
             begin = max(0, position + 1 - keys)
-            groups.append(_Group(first, row, slots[first], begin, position + 1, None))
+            groups.append(_Group(first, row, slots[first], 1, begin, position + 1, None))
             continue
         while row < len(slots) and positions[row] >= ring and slots[row] == slots[row - 1] + 1:
             row += 1
-        whole = _masks(ring, keys, kv.dtype)
-        newest = [position % ring for position in positions[first:row]]
-        mask = torch.stack([whole[ring - 1 - at : 2 * ring - 1 - at] for at in newest])
-        groups.append(_Group(first, row, slots[first], 0, ring, mask[:, None, None]))
+        mask = None
+        if keys < ring:
+            whole = _masks(ring, keys, kv.dtype)
+            newest = [position % ring for position in positions[first:row]]
+            mask = torch.stack([whole[ring - 1 - at : 2 * ring - 1 - at] for at in newest])
+            mask = mask[:, None, None]
+        groups.append(_Group(first, row, slots[first], row - first, 0, ring, mask))
     return groups
 
 
@@ -87,8 +94,9 @@ def _attend(
         rows.index_copy_(0, at, new)
     parts = []
     for group in plan.groups:
-        count = group.last - group.first
-        seen = kv[group.slot : group.slot + count, :, group.begin : group.end]
+        seen = kv[group.slot : group.slot + group.slots, :, group.begin : group.end]
+        if group.slots < (count := group.last - group.first):
+            seen = seen.expand(count, -1, -1, -1)
         k, v = seen.unsqueeze(2).unbind(1)  # [rows, 1, places, D]
         # The heads of a token are the rows of one product with the keys they share.
         q = q_BHD[group.first : group.last].unsqueeze(1)

@@ -225,7 +225,7 @@ def rms_norm(x: torch.Tensor, norm: Norm) -> torch.Tensor:
 def prepare_rms(weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 s [width] and e: x / sqrt(mean(x^2) + eps) * (1 + weight) is x / hypot(|x|, e) * s."""
     width = len(weight)
-    least = torch.full((), (width * eps) ** 0.5, device=weight.device)
+    least = torch.full((), (width * eps) ** 0.5, dtype=torch.float32, device=weight.device)
     return (1 + weight.float()) * width**0.5, least
 
 
