@@ -253,8 +253,8 @@ def _listening() -> Iterator[tuple[str, str]]:
 
 
 def _shared_memory() -> set[str]:
-    """But for the semaphores of multiprocessing: tests beside this one use them, and no job does."""
-    return {name for name in os.listdir(SHM) if not name.startswith("sem.mp-")}
+    """But for what tests beside this one use, and no job does: multiprocessing's semaphores, folders."""
+    return {name for name in os.listdir(SHM) if not name.startswith(("sem.mp-", "test-"))}
 
 
 def _held_shared_memory() -> set[int]:

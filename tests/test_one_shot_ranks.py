@@ -78,7 +78,7 @@ def _generate(kernels: str, folder: str | None) -> tuple[list[list[int]], int]:
 def test_two_ranks_over_shared_memory_draw_the_tokens_of_one(tmp_path):
     """Every LayerNorm behind a row-parallel layer, the embedding and the token exchange."""
     shm = Path("/dev/shm")
-    folder = shm / f"tprt-{os.getpid()}" if shm.is_dir() else tmp_path / "shared"
+    folder = shm / f"test-{os.getpid()}" if shm.is_dir() else tmp_path / "shared"
     folder.mkdir()
     try:
         (alone, _), *_ = run_ranks(_generate, 1, "reference", None)

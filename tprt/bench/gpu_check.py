@@ -122,7 +122,7 @@ ONE: dict[str, tuple[int, Benches]] = {
         ),
     }),
     # 24 tiles for up to 5 numbers of rows and 4 to 6 shapes, 0.3 s each, and 50 kernels to compile once.
-    "tune": (560, {
+    "tune": (530, {
         "tune": (TUNE, TUNE),
         "tune of 2B": (f"{TUNE} --model {RG}-2b", f"{TUNE} --model {RT}"),
     }),
