@@ -359,7 +359,7 @@ def test_a_signal_to_the_launcher_stops_the_ranks(folder):
         began = time.monotonic()
         output = launcher.communicate(timeout=60)[0]
         assert launcher.returncode == 143, output
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 20, output
         assert all_gone(family)
     assert num_finished(journal) and not (folder / "out.jsonl").exists()
 
