@@ -170,7 +170,7 @@ def tune_tiles(
         merged = tiles.merge(json.loads(before), table)
         if merged == table:
             say(
-                "the table that was there is of another device or software, or of these shapes alone"
+                "nothing of the table that was there is kept: other software, or these shapes alone"
             )
         table = merged
     path.parent.mkdir(parents=True, exist_ok=True)
